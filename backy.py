@@ -1,0 +1,3887 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""backy keeps versions of virtual machine images on a copy-on-write file system.
+
+Every revision is a complete raw image that shares its unchanged extents with
+its siblings, so a disk comes back with `dd` and a revision goes with `rm`.
+This one file is the whole program; it needs Python 3.8 and nothing else.
+
+Chapters, each using only what stands above it:
+
+    Errors         what can go wrong, and the exit status of each
+    Log            one logger; forms for the terminal and for a file
+    Units          bytes, durations, times and tables, to text and back
+    YAML           our subset: text to values, values to text
+    Kernel         clone, punch, find data, pass by the page cache
+    Files          replace durably, lock, sync
+    Images         read, compare, write and hash images, by several threads
+    Digests        the file beside an image that vouches for its bytes
+    Revisions      one revision and its metadata
+    Repository     all revisions of one job: find, create, remove
+    Sources        what a source must do; plain files and block devices
+    Progress       how far it is, for the person who waits
+    Backup         a revision, step by step
+    Verify         a revision against its digests
+    Restore        a revision back to a file, a device or a pipe
+    Selftest       the main job, shown in a temporary directory
+    Command line   the commands, then main()
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from bisect import bisect_right
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta, timezone
+from enum import Enum
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn
+from typing import Sequence as ListLike
+
+__version__ = "0.1.0"
+
+
+# ==== Errors =================================================================
+#
+# A BackyError is what an operator can act on: one line, an exit status, no
+# traceback.  Everything else is a defect of ours and shows its traceback.
+
+
+class BackyError(Exception):
+    """What was tried, on what, in whose words it failed; and what helps, if we know."""
+
+    status = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(BackyError):
+    """A configuration says something that cannot be done."""
+
+
+class Busy(BackyError):
+    """Somebody else holds what is needed."""
+
+
+class NotFound(BackyError):
+    """There is no such thing; the message says what there is."""
+
+
+class Distrusted(BackyError):
+    """The bytes are not what they should be."""
+
+
+class CloneUnsupported(BackyError):
+    """Extents cannot be shared here."""
+
+
+class Stopped(BaseException):
+    """A signal asked us to end; not an Exception, so that nothing holds it up."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signal_number).name}")
+        self.status = 128 + signal_number
+
+
+@contextmanager
+def explain(attempt: str) -> Iterator[None]:
+    """Turn an OSError inside into a BackyError that begins with `attempt`."""
+    try:
+        yield
+    except OSError as e:
+        raise BackyError(f"{attempt}: {e.strerror or e}") from e
+
+
+# ==== Log ====================================================================
+#
+# Results go to standard output, all else goes through this logger: to standard
+# error, or with -l to a file.  Nothing that came from outside is printed or
+# logged without passing printable().
+
+log = logging.getLogger("backy")
+
+# C0, DEL, C1, bidirectional controls, line separators, lone surrogates
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with nothing in it that a terminal would obey."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+class TerminalForm(logging.Formatter):
+    """Plain lines; what is not plain information says so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        traceback = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        if record.levelno >= logging.ERROR:
+            return f"backy: {text}{traceback}"
+        if record.levelno >= logging.WARNING:
+            return f"backy: warning: {text}{traceback}"
+        return text
+
+
+class FileForm(logging.Formatter):
+    """`2026-11-22 04:12:46 [9008] INFO text`, in UTC, as backy 2.x wrote it."""
+
+    converter = time.gmtime
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s [%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> None:
+    """Log to `path` (errors also to standard error), or to standard error.
+
+    A file that cannot be opened costs a warning, never the work.  It is opened
+    again when it was renamed, so logrotate needs no signal.
+    """
+    logging.raiseExceptions = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    terminal: logging.Handler = logging.NullHandler() if quiet_stderr else logging.StreamHandler()
+    terminal.setFormatter(TerminalForm())
+    log.addHandler(terminal)
+    if path is None:
+        return
+    from logging.handlers import WatchedFileHandler
+
+    try:
+        handler = WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except TypeError:  # Python 3.8 has no `errors`
+        handler = WatchedFileHandler(path, encoding="utf-8")
+    except OSError as e:
+        log.warning("cannot open log file %s: %s", printable(path), e.strerror)
+        return
+    handler.setFormatter(FileForm())
+    terminal.setLevel(logging.ERROR)
+    log.addHandler(handler)
+
+
+def output(text: str) -> None:
+    """Print a result.  Raises BackyError when nobody can receive it."""
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise BackyError(f"cannot write to standard output: {e.strerror}") from e
+
+
+# ==== Units ==================================================================
+#
+# Sizes are bytes, durations are timedelta or float seconds, times are aware and
+# UTC.  Sizes and tables look as the manual of backy 2.x prints them.
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+UTC = timezone.utc
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+
+def format_size(size: int) -> str:
+    """`192.00 kiB`, `1 Byte`, `1024.00 TiB`."""
+    if size < KiB:
+        return f"{size} Byte" if size == 1 else f"{size} Bytes"
+    value = float(size)
+    for unit in ("Bytes", "kiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.2f} {unit}"
+
+
+def format_clock(seconds: float) -> str:
+    """`1:19`, `2:03:07`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_time(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def format_time_json(moment: datetime | None) -> str | None:
+    return moment and moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_duration(text: str) -> timedelta:
+    """An integer with s, m, h, d or w; without one it is seconds.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"{text!r} is no duration: a number and one of s, m, h, d, w")
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2] or "s"]
+    return timedelta(seconds=int(match[1]) * unit)
+
+
+TIME = re.compile(
+    r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
+    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(\.[0-9]{1,6})?)?"
+    r" ?(Z|UTC|[+-][0-9]{2}:?[0-9]{2})?)?",
+    re.ASCII,
+)
+
+
+def parse_time(text: str) -> datetime | None:
+    """The last moment that an ISO date or time may mean, or None if it is neither.
+
+    `2026-11-05` is that day to its end, `2026-11-05T10:15` that minute; without
+    a zone it is UTC, which is what all our tables show.
+    """
+    match = TIME.fullmatch(text)
+    if not match:
+        return None
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    try:
+        start = datetime(
+            *map(int, (year, month, day, hour or 0, minute or 0, second or 0)), tzinfo=UTC
+        )
+        if fraction:
+            end = start + timedelta(microseconds=int(fraction[1:].ljust(6, "0")))
+        else:
+            step = 1 if second else 60 if hour else 86400
+            end = start + timedelta(seconds=step) - MICROSECOND
+        if zone and zone not in ("Z", "UTC"):
+            offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
+            end -= offset if zone[0] == "+" else -offset
+        return end
+    except (ValueError, OverflowError):
+        return None
+
+
+def format_table(
+    columns: ListLike[str], rows: Iterable[ListLike[str]], right: ListLike[str] = ()
+) -> str:
+    """An ASCII grid; the columns named in `right` are set flush right."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+    rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+\n"
+
+    def line(cells: ListLike[str]) -> str:
+        padded = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, cell, width in zip(columns, cells, widths)
+        ]
+        return f"| {' | '.join(padded)} |\n"
+
+    return rule + line(columns) + rule + "".join(map(line, rows)) + rule
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` (restore?)` when `word` looks like one of `known`, else nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" ({close[0]}?)" if close else ""
+
+
+# ==== YAML ===================================================================
+#
+# The part of YAML that people and dumpers write into our files: text to nodes,
+# values to text.  Types come from the schema, so every scalar is read as text
+# and remembers its place; resolve() is for values that no schema knows.  What
+# may mean two things is refused, and parsing takes time linear in the text.
+
+MAX_TEXT = 1 << 20  # bytes; 1 MiB
+MAX_DEPTH = 64  # collections inside one another
+MAX_NODES = 200_000  # with every alias counted as a copy
+
+# Raw control characters, the line ends that only YAML 1.1 knows, surrogates and stray BOMs.
+FORBIDDEN = re.compile(
+    "[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
+GAP = re.compile(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
+LINE_END = re.compile(r" *\n[ \n]*")
+NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\n,\]}]|\Z)")
+BLOCK_HEADER = re.compile(r"[|>](?:([1-9])([-+]?)|([-+]?)([1-9]?)) *(?:(?<= )#[^\n]*)?(?:\n|\Z)")
+
+# Where one line of a plain scalar ends, and the colon that makes a scalar a key.
+BLOCK_END = re.compile(r"[\t\n]|(?<= )#|:(?=[ \t\n]|\Z)|\Z")
+FLOW_END = re.compile(r"[\t\n,\[\]{}]|(?<= )#|:(?=[ \t\n,\[\]{}]|\Z)|\Z")
+BLOCK_COLON = re.compile(r" *:(?=[ \t\n]|\Z)")
+FLOW_COLON = re.compile(r" *:")
+
+# The pieces of a quoted scalar; at each place at most one group matches.
+QUOTED = {
+    "'": re.compile(r"([^' \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)|'(')|(')"),
+    '"': re.compile(
+        r"([^\"\\ \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)"
+        r"|\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|\n[ \t\n]*|[^xuU\n])|(\")"
+    ),
+}
+ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"}
+ESCAPES.update({"e": "\x1b", '"': '"', "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028"})
+ESCAPES.update({"P": "\u2029"})
+READ_ESCAPES = {**ESCAPES, "/": "/", " ": " ", "\t": "\t"}
+WRITE_ESCAPES = {char: letter for letter, char in ESCAPES.items()}
+
+# What a plain scalar means in YAML 1.1; see yaml.org/type.
+NULLS = {"", "~", "null", "Null", "NULL"}
+TRUE = {"yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"}
+FALSE = {"no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"}
+INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
+FLOAT = re.compile(
+    r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
+    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
+TIMESTAMP = re.compile(
+    r"([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})(?:[Tt]|[ \t]+)([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
+    r"(?:\.([0-9]*))?(?:[ \t]*(Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
+)
+ODD = re.compile(r"[-+]?\.[0-9_]+|=|<<")  # PyYAML refuses these or took them for a number once
+MAX_NUMBER = 256  # characters; int() is slow on long texts
+
+NOT_PLAIN = re.compile(
+    r"^(?:---|\.\.\.|[ #,\[\]{}&*!|>'\"%@`]|[-?:](?: |\Z))|:(?: |\Z)| #| \Z"  # anywhere
+)
+NOT_PLAIN_IN_FLOW = re.compile(NOT_PLAIN.pattern + r"|[,?:\[\]{}]")
+
+
+class YAMLError(BackyError):
+    """The text is not YAML, or not of our subset; `line` and `column` count from 1."""
+
+    def __init__(self, message: str, line: int, column: int) -> None:
+        super().__init__(f"{line}:{column}: {message}")
+        self.message = message
+        self.line = line
+        self.column = column
+
+
+class Node:
+    """A piece of a YAML document and the place, counted from 1, where it starts."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Scalar(Node):
+    """One text; `plain` if it was not quoted.  An empty value is plain and empty."""
+
+    text: str
+    plain: bool
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Sequence(Node):
+    """A list of nodes."""
+
+    items: list[Node]
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Mapping(Node):
+    """Key texts in the order of the document, each with the key itself and its value."""
+
+    entries: dict[str, tuple[Scalar, Node]]
+    line: int
+    column: int
+
+
+class Anchored(NamedTuple):
+    """A node that aliases may stand for, the nodes in it and its depth."""
+
+    node: Node
+    count: int
+    height: int
+
+
+def fold(line_ends: int) -> str:
+    """What stands for so many line ends inside a folded scalar."""
+    return "\n" * (line_ends - 1) or " "
+
+
+def fold_block(lines: list[str]) -> str:
+    """The text of a `>` scalar; lines that start with a blank keep their line ends."""
+    parts: list[str] = []
+    last = ""
+    blank_lines = 0
+    for line in lines:
+        if not line:
+            blank_lines += 1
+            continue
+        if last and (last[0] in " \t" or line[0] in " \t"):
+            parts.append("\n")
+        elif last and not blank_lines:
+            parts.append(" ")
+        parts.append("\n" * blank_lines + line)
+        last, blank_lines = line, 0
+    return "".join(parts)
+
+
+class Parser:
+    """Reads one document by recursive descent.
+
+    The methods share `pos`.  Those that read block style leave it at the next
+    token, which is then the first on its line; those that read inline (scalars and
+    flow style) leave it right behind what they read.  Columns count from 0 in here.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text.replace("\r\n", "\n")
+        self.line_starts = [0, *(match.end() for match in re.finditer("\n", self.text))]
+        self.pos = 0
+        self.depth = 0
+        self.deepest = 0
+        self.count = 0
+        self.anchors: dict[str, Anchored | None] = {}  # None while it is being read
+
+    def document(self) -> Node:
+        """The document's root."""
+        self.check_characters()
+        self.find_document()
+        root = self.node(-1, -1, beside=False)
+        if self.char():
+            self.fail("text after the end of the document's value, check the indentation")
+        return root
+
+    def check_characters(self) -> None:
+        bad = FORBIDDEN.search(self.text)
+        if bad:
+            code = ord(bad[0])
+            self.fail(
+                f"control character U+{code:04X}, use an escape in double quotes", bad.start()
+            )
+
+    def find_document(self) -> None:
+        """Go to the document's start and cut the text at its end."""
+        self.skip()
+        if self.char() == "%" and self.column() == 0:
+            self.fail("directives ('%') are not supported")
+        opening = MARKER.match(self.text, self.pos)
+        self.pos = opening.end() if opening and opening[0] == "---" else 0
+        closing = MARKER.search(self.text, self.pos)
+        if closing:
+            rest = GAP.match(self.text, closing.end())
+            if closing[0] == "---" or rest.end() < len(self.text):
+                self.fail("several documents in one file are not supported", closing.start())
+            self.text = self.text[: closing.start()]
+
+    # Places
+
+    def place(self, pos: int) -> tuple[int, int]:
+        """Line and column of `pos`, counted from 1."""
+        line = bisect_right(self.line_starts, pos)
+        return line, pos - self.line_starts[line - 1] + 1
+
+    def column(self) -> int:
+        return self.place(self.pos)[1] - 1
+
+    def char(self) -> str:
+        """The character at `pos`, empty at the end."""
+        return self.text[self.pos : self.pos + 1]
+
+    def fail(self, message: str, pos: int | None = None) -> NoReturn:
+        raise YAMLError(message, *self.place(self.pos if pos is None else pos))
+
+    def skip(self) -> bool:
+        """Go to the next token; tells whether that is the first one on its line."""
+        start = self.pos
+        self.pos = GAP.match(self.text, start).end()
+        below = start == 0 or "\n" in self.text[start : self.pos]
+        if self.char() == "\t":
+            self.fail(f"tab {'in the indentation' if below else 'between words'}, use blanks")
+        return below
+
+    def end_line(self) -> None:
+        """Go to the next token after a value, which must be on another line."""
+        if not self.skip() and self.char():
+            self.fail(f"unexpected '{self.char()}' after a value, quote all that belongs to it")
+
+    def enter(self) -> None:
+        self.depth += 1
+        self.deepest = max(self.deepest, self.depth)
+        if self.deepest > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+
+    def scalar(self, text: str, plain: bool, start: int) -> Scalar:
+        return Scalar(text, plain, *self.place(start))
+
+    # Block style
+
+    def node(self, indent: int, list_column: int, *, beside: bool) -> Node:
+        """The node after an indicator: the rest of its line, or the deeper lines below.
+
+        `indent` is the column of the collection around it.  A list below may start at
+        `list_column`.  With `beside` a collection may start on the same line (`- a: 1`).
+        """
+        start = self.pos
+        below = self.skip()
+        self.count += 1
+        least = list_column if self.at_dash() else indent + 1
+        if not self.char() or (below and self.column() < least):
+            return self.scalar("", True, start)
+        if self.char() == "&":
+            return self.anchored(lambda: self.node(indent, list_column, beside=False))
+        if self.at_dash():
+            if not (below or beside):
+                self.fail("a list must start on a line of its own")
+            return self.sequence(indent)
+        if self.char() in "|>":
+            return self.block_scalar(indent)
+        return self.inline(indent, below or beside)
+
+    def at_dash(self) -> bool:
+        return self.char() == "-" and self.text[self.pos + 1 : self.pos + 2] in (
+            "",
+            " ",
+            "\t",
+            "\n",
+        )
+
+    def inline(self, indent: int, key_allowed: bool) -> Node:
+        """A value that starts on this line, or the mapping whose first key stands here."""
+        start = self.pos
+        if self.char() in "[{*":
+            node = self.flow_node()
+            self.end_line()
+            return node
+        scalar = self.first_line(BLOCK_END)
+        colon = BLOCK_COLON.match(self.text, self.pos)
+        if colon and key_allowed:
+            return self.mapping(scalar, start)
+        if colon and scalar.plain:
+            self.fail("': ' inside a plain value, quote the value", colon.end() - 1)
+        if scalar.plain:
+            scalar = self.continued(scalar, BLOCK_END, indent)
+        self.end_line()
+        return scalar
+
+    def sequence(self, indent: int) -> Sequence:
+        place = self.place(self.pos)
+        column = self.column()
+        items: list[Node] = []
+        self.enter()
+        while self.at_dash() and self.column() == column:
+            self.pos += 1
+            items.append(self.node(column, column + 1, beside=True))
+        self.depth -= 1
+        if self.char() and self.column() > column:
+            self.fail("the indentation fits no line above")
+        if self.char() and self.column() == column > indent:
+            self.fail("expected '- ' as on the lines above")
+        return Sequence(items, *place)
+
+    def mapping(self, key: Scalar, start: int) -> Mapping:
+        """The mapping whose first key was just read and started at `start`."""
+        place = self.place(start)
+        column = place[1] - 1
+        entries: dict[str, tuple[Scalar, Node]] = {}
+        self.enter()
+        while True:
+            self.check_key(key, entries, BLOCK_COLON)
+            entries[key.text] = key, self.node(column, column, beside=False)
+            if not self.char() or self.column() < column:
+                break
+            if self.column() > column:
+                self.fail("the indentation fits no line above")
+            if self.at_dash():
+                self.fail("a list entry cannot stand among the keys of a mapping")
+            key = self.first_line(BLOCK_END)
+        self.depth -= 1
+        return Mapping(entries, *place)
+
+    def check_key(self, key: Scalar, entries: dict, colon: re.Pattern[str]) -> None:
+        """Go past the colon behind `key`, which must be one line and new in `entries`."""
+        found = colon.match(self.text, self.pos)
+        if not found:
+            self.fail(f"no ':' after key {key.text[:40]!r}, quote a value that holds brackets")
+        place = (key.line, key.column)
+        if key.line != self.place(self.pos)[0]:
+            raise YAMLError("a key must stand on one line", *place)
+        if key.plain and key.text == "<<":
+            raise YAMLError("merge keys ('<<') are not supported", *place)
+        if key.text in entries:
+            first = entries[key.text][0].line
+            raise YAMLError(f"duplicate key {key.text[:40]!r}, first on line {first}", *place)
+        self.pos = found.end()
+
+    def block_scalar(self, indent: int) -> Scalar:
+        """A literal (`|`) or folded (`>`) scalar."""
+        start = self.pos
+        header = BLOCK_HEADER.match(self.text, start)
+        if not header:
+            self.fail(f"unexpected text after '{self.char()}', quote the value")
+        digit, chomp = header[1] or header[4], header[2] or header[3]
+        self.pos = header.end()
+        width = max(indent, 0) + int(digit or 1)
+        if not digit:
+            blanks = re.compile("[ \n]*").match(self.text, self.pos)[0]
+            width = max(width, *map(len, blanks.split("\n")), 0)
+        text = self.block_lines(width)
+        body = text.rstrip("\n")
+        tail = text[len(body) :]
+        if header[0][0] == ">":
+            body = fold_block(body.split("\n"))
+        self.skip()
+        ending = {"-": "", "+": tail}.get(chomp or "", tail[:1] if body else "")
+        return self.scalar(body + ending, False, start)
+
+    def block_lines(self, width: int) -> str:
+        """The lines from here that are blank or indented by `width`, without that indent."""
+        lines: list[str] = []
+        while self.pos < len(self.text):
+            end = self.text.find("\n", self.pos) + 1 or len(self.text)
+            line = self.text[self.pos : end]
+            if line[:width].strip(" \n"):
+                break
+            lines.append(line[width:] or line.lstrip(" "))
+            self.pos = end
+        return "".join(lines)
+
+    # Flow style
+
+    def flow_node(self) -> Node:
+        self.skip()
+        self.count += 1
+        char = self.char()
+        if char == "&":
+            return self.anchored(self.flow_node)
+        if char == "*":
+            return self.alias()
+        if char == "[":
+            return self.flow_sequence()
+        if char == "{":
+            return self.flow_mapping()
+        scalar = self.first_line(FLOW_END)
+        return self.continued(scalar, FLOW_END, -1) if scalar.plain else scalar
+
+    def flow_sequence(self) -> Sequence:
+        place = self.place(self.pos)
+        items: list[Node] = []
+        for _ in self.flow_entries("]"):
+            items.append(self.flow_node())
+            if FLOW_COLON.match(self.text, self.pos):
+                self.fail("a mapping inside [ ] needs { } around it")
+        return Sequence(items, *place)
+
+    def flow_mapping(self) -> Mapping:
+        place = self.place(self.pos)
+        entries: dict[str, tuple[Scalar, Node]] = {}
+        for _ in self.flow_entries("}"):
+            key = self.first_line(FLOW_END)
+            self.check_key(key, entries, FLOW_COLON)
+            start = self.pos
+            self.skip()
+            empty = self.char() in (",", "}")
+            value = self.scalar("", True, start) if empty else self.flow_node()
+            entries[key.text] = key, value
+        return Mapping(entries, *place)
+
+    def flow_entries(self, closing: str) -> Iterator[None]:
+        """Stop at each entry, for the caller to read it, and end behind `closing`."""
+        start = self.pos
+        self.enter()
+        self.pos += 1
+        while True:
+            self.skip()
+            if self.char() == closing:
+                break
+            if self.char():
+                yield
+                self.skip()
+            if not self.char():
+                self.fail(f"'{self.text[start]}' is never closed", start)
+            if self.char() == ",":
+                self.pos += 1
+            elif self.char() != closing:
+                self.fail(f"expected ',' or '{closing}' instead of '{self.char()}'")
+        self.pos += 1
+        self.depth -= 1
+
+    # Anchors
+
+    def anchored(self, read: Callable[[], Node]) -> Node:
+        """The node that `read` finds after an anchor, remembered for its aliases."""
+        name = self.name()
+        ahead = GAP.match(self.text, self.pos).end()
+        if self.text[ahead : ahead + 1] in ("&", "*"):
+            self.fail("an anchor must stand before a value, not before an anchor or alias")
+        self.anchors[name] = None
+        count, deepest, self.deepest = self.count, self.deepest, self.depth
+        node = read()
+        self.anchors[name] = Anchored(node, self.count - count, self.deepest - self.depth)
+        self.deepest = max(deepest, self.deepest)
+        return node
+
+    def alias(self) -> Node:
+        start = self.pos
+        name = self.name()
+        target = self.anchors.get(name)
+        if target is None:
+            self.fail(f"unknown alias '*{name}'", start)
+        self.count += target.count
+        self.deepest = max(self.deepest, self.depth + target.height)
+        if self.deepest > MAX_DEPTH:
+            self.fail(f"nested deeper than {MAX_DEPTH} levels by alias '*{name}'", start)
+        if self.count > MAX_NODES:
+            self.fail(f"the aliases stand for more than {MAX_NODES} nodes", start)
+        return target.node
+
+    def name(self) -> str:
+        match = NAME.match(self.text, self.pos)
+        if not match:
+            self.fail(f"no name of letters, digits, '-' and '_' after '{self.char()}'")
+        self.pos = match.end()
+        return match[1]
+
+    # Scalars
+
+    def first_line(self, end: re.Pattern[str]) -> Scalar:
+        """A quoted scalar, or the first line of a plain one (all of it in a key)."""
+        start = self.pos
+        if self.char() in QUOTED:
+            return self.quoted()
+        self.check_plain(end is FLOW_END)
+        text = self.text[start : end.search(self.text, start).start()].rstrip(" ")
+        self.pos = start + len(text)
+        return self.scalar(text, True, start)
+
+    def check_plain(self, in_flow: bool) -> None:
+        """Refuse what cannot start a plain scalar."""
+        char, following = self.char(), self.text[self.pos + 1 : self.pos + 2]
+        if char == "!":
+            self.fail("tags ('!') are not supported")
+        if char in "&*[{":
+            self.fail("a key must be plain or quoted text, without anchor, alias or brackets")
+        if char in "]}":
+            self.fail(f"'{char}' closes nothing here")
+        if char == "," and in_flow:
+            self.fail("nothing stands before this ','")
+        if char == "?" and following in ("", " ", "\t", "\n"):
+            self.fail("complex keys ('? ') are not supported")
+        if char in "-?:" and (following in ("", " ", "\t", "\n") or (in_flow and char != "-")):
+            self.fail(f"unexpected '{char}', quote it if it is text")
+        if char in "#,|>%@`":
+            self.fail(f"a plain value cannot start with '{char}', quote it")
+
+    def continued(self, first: Scalar, end: re.Pattern[str], indent: int) -> Scalar:
+        """The plain scalar `first` together with the lines that continue it."""
+        parts = [first.text]
+        while True:
+            gap = LINE_END.match(self.text, self.pos)
+            start = gap.end() if gap else len(self.text)
+            if self.text[start : start + 1] in ("", "#", "\t"):
+                break
+            if self.place(start)[1] - 1 <= indent:
+                break
+            stop = end.search(self.text, start).start()
+            line = self.text[start:stop].rstrip(" ")
+            if not line:
+                break
+            if self.text[stop : stop + 1] == ":":
+                self.fail(
+                    "': ' in a line that continues a plain value, check the indentation", stop
+                )
+            parts += fold(gap[0].count("\n")), line
+            self.pos = start + len(line)
+        return Scalar("".join(parts), True, first.line, first.column)
+
+    def quoted(self) -> Scalar:
+        start = self.pos
+        pieces = QUOTED[self.char()]
+        parts: list[str] = []
+        self.pos += 1
+        while True:
+            piece = pieces.match(self.text, self.pos)
+            if not piece:
+                self.fail_in_quotes(start)
+            self.pos = piece.end()
+            if piece.lastindex == 5:
+                return self.scalar(self.join_surrogates("".join(parts), start), False, start)
+            text = piece[piece.lastindex]
+            if piece.lastindex == 2:
+                text = fold(text.count("\n"))
+            elif piece.lastindex == 4 and text != "'":
+                text = self.unescape(text, piece.start())
+            parts.append(text)
+
+    def fail_in_quotes(self, start: int) -> NoReturn:
+        if self.pos + 1 < len(self.text) and self.char() == "\\":
+            self.fail("incomplete escape in double quotes")
+        self.fail(f"no closing {self.text[start]} for this one", start)
+
+    def unescape(self, escape: str, pos: int) -> str:
+        """What `escape`, without its backslash, stands for."""
+        if escape[0] == "\n":
+            return "\n" * (escape.count("\n") - 1)
+        if len(escape) == 1 and escape in READ_ESCAPES:
+            return READ_ESCAPES[escape]
+        if len(escape) == 1 or int(escape[1:], 16) > 0x10FFFF:
+            self.fail(f"unknown escape '\\{escape}' in double quotes", pos)
+        return chr(int(escape[1:], 16))
+
+    def join_surrogates(self, text: str, start: int) -> str:
+        """JSON writes one character beyond U+FFFF as two escapes."""
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.fail("half of a surrogate pair in double quotes", start)
+
+
+def parse_yaml(text: str) -> Node:
+    """The root of the document in `text`; an empty document is an empty scalar."""
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT:
+        raise YAMLError(f"longer than {MAX_TEXT} bytes", 1, 1)
+    return Parser(text[1:] if text.startswith("\ufeff") else text).document()
+
+
+def parse_sexagesimal(text: str, number: Callable[[str], float]) -> float:
+    """`1:30:00` is 5400; a text without colons is just the number."""
+    places = reversed(text.split(":"))
+    return sum(number(digits) * 60**place for place, digits in enumerate(places))
+
+
+def parse_integer(text: str) -> int:
+    sign = -1 if text[0] == "-" else 1
+    digits = text.lstrip("-+").replace("_", "")
+    if ":" in digits:
+        return sign * int(parse_sexagesimal(digits, int))
+    bases = {"0b": 2, "0x": 16}
+    return sign * int(digits, bases.get(digits[:2], 8 if digits[0] == "0" else 10))
+
+
+def parse_float(text: str) -> float:
+    sign = -1.0 if text[0] == "-" else 1.0
+    digits = text.lstrip("-+").replace("_", "").lower()
+    if digits in (".inf", ".nan"):
+        return sign * float(digits[1:])
+    return sign * parse_sexagesimal(digits, float)
+
+
+def parse_timestamp(match: re.Match[str]) -> datetime:
+    """Aware and UTC if the text names a zone, else naive."""
+    *numbers, fraction, zone = match.groups()
+    microseconds = int((fraction or "")[:6].ljust(6, "0"))
+    time = datetime(*map(int, numbers), microseconds)
+    if zone is None:
+        return time
+    if zone != "Z":
+        hours, _, minutes = zone[1:].partition(":")
+        offset = timedelta(hours=int(hours), minutes=int(minutes or 0))
+        time += offset if zone[0] == "-" else -offset
+    return time.replace(tzinfo=timezone.utc)
+
+
+def resolve_text(text: str) -> object:
+    """The value of a plain scalar; raises ValueError or OverflowError if it has none."""
+    if text in NULLS:
+        return None
+    if text in TRUE or text in FALSE:
+        return text in TRUE
+    if len(text) > MAX_NUMBER:
+        return text
+    if INTEGER.fullmatch(text):
+        return parse_integer(text)
+    if FLOAT.fullmatch(text):
+        return parse_float(text)
+    if DATE.fullmatch(text):
+        return date(*map(int, text.split("-")))
+    timestamp = TIMESTAMP.fullmatch(text)
+    return parse_timestamp(timestamp) if timestamp else text
+
+
+def resolve(node: Node) -> object:
+    """The value that PyYAML's SafeLoader gives for `node`; text if it has no valid one."""
+    if isinstance(node, Mapping):
+        return {resolve(key): resolve(value) for key, value in node.entries.values()}
+    if isinstance(node, Sequence):
+        return [resolve(entry) for entry in node.items]
+    if not node.plain:
+        return node.text
+    try:
+        return resolve_text(node.text)
+    except (ValueError, OverflowError):
+        return node.text
+
+
+def has_type(text: str) -> bool:
+    """Whether PyYAML, old or new, reads a plain `text` as anything but text."""
+    if text in NULLS or text in TRUE or text in FALSE:
+        return True
+    return any(form.fullmatch(text) for form in (INTEGER, FLOAT, DATE, TIMESTAMP, ODD))
+
+
+def format_text(text: str, in_flow: bool) -> str:
+    """A string: plain if it is read back as such, else quoted; always one ASCII line."""
+    if not re.fullmatch("[ -~]*", text):
+        return '"' + re.sub(r"[^ -~]|[\"\\]", lambda char: escape_char(char[0]), text) + '"'
+    if has_type(text) or (NOT_PLAIN_IN_FLOW if in_flow else NOT_PLAIN).search(text):
+        return "'" + text.replace("'", "''") + "'"
+    return text
+
+
+def escape_char(char: str) -> str:
+    code = ord(char)
+    if char in WRITE_ESCAPES:
+        return "\\" + WRITE_ESCAPES[char]
+    return (
+        f"\\x{code:02X}"
+        if code < 0x100
+        else f"\\u{code:04X}"
+        if code < 0x10000
+        else f"\\U{code:08X}"
+    )
+
+
+def format_float(value: float) -> str:
+    text = repr(value)
+    if text in ("nan", "inf", "-inf"):
+        return text.replace("nan", ".nan").replace("inf", ".inf")
+    return text if "." in text else text.replace("e", ".0e")
+
+
+def format_scalar(value: object, in_flow: bool = False) -> str:
+    """A scalar as one word or one quoted text."""
+    if isinstance(value, Scalar):
+        if value.plain and has_type(value.text):
+            return value.text or "null"
+        value = value.text
+    if isinstance(value, str):
+        return format_text(value, in_flow)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return format_float(value)
+    if isinstance(value, datetime):
+        return (value.astimezone(timezone.utc) if value.tzinfo else value).isoformat(" ")
+    if isinstance(value, (int, date)):
+        return str(value)
+    raise TypeError(f"no YAML for {type(value).__name__}")
+
+
+def children(value: object) -> list | dict | None:
+    """A collection's own list or dict (from node to node), None for a scalar."""
+    if isinstance(value, Mapping):
+        return dict(value.entries.values())
+    if isinstance(value, Sequence):
+        return value.items
+    return value if isinstance(value, (list, dict)) else None
+
+
+def sorted_entries(mapping: dict) -> list[tuple[object, object]]:
+    def text(entry: tuple[object, object]) -> str:
+        return entry[0].text if isinstance(entry[0], Scalar) else str(entry[0])
+
+    return sorted(mapping.items(), key=text)
+
+
+def fits_flow(value: object) -> bool:
+    """Whether `value` is a scalar that old PyYAML reads inside brackets: no time does."""
+    if isinstance(value, Scalar) and value.plain and has_type(value.text):
+        return ":" not in value.text
+    return children(value) is None and not isinstance(value, datetime)
+
+
+def is_inline(value: object) -> bool:
+    """Whether `value` is written on the line of its key: a scalar or a leaf collection."""
+    inside = children(value)
+    if isinstance(inside, dict):
+        return all(fits_flow(part) for entry in inside.items() for part in entry)
+    return inside is None or all(map(fits_flow, inside))
+
+
+def format_inline(value: object) -> str:
+    inside = children(value)
+    if inside is None:
+        return format_scalar(value)
+    if isinstance(inside, list):
+        return "[" + ", ".join(format_scalar(entry, True) for entry in inside) + "]"
+    pairs = (
+        (format_scalar(key, True), format_scalar(entry, True))
+        for key, entry in sorted_entries(inside)
+    )
+    return "{" + ", ".join(f"{key}: {entry}" for key, entry in pairs) + "}"
+
+
+def format_block(value: object) -> list[str]:
+    """The lines of a collection in block style."""
+    inside = children(value)
+    lines: list[str] = []
+    if isinstance(inside, dict):
+        for key, entry in sorted_entries(inside):
+            if is_inline(entry):
+                lines.append(f"{format_scalar(key)}: {format_inline(entry)}")
+                continue
+            indent = "" if isinstance(children(entry), list) else "  "
+            lines.append(f"{format_scalar(key)}:")
+            lines += [indent + line for line in format_block(entry)]
+        return lines
+    for entry in inside or ():
+        first, *others = [format_inline(entry)] if is_inline(entry) else format_block(entry)
+        lines.append(f"- {first}")
+        lines += [f"  {line}" for line in others]
+    return lines
+
+
+def format_yaml(value: object, flow: bool = False) -> str:
+    """`value` as 2.x wrote it: keys sorted, leaf collections in flow style.
+
+    With `flow` also a mapping of nothing but scalars is written on one line.  Values
+    are dict, list, str, int, float, bool, None, date, datetime and nodes.
+    """
+    inside = children(value)
+    block = isinstance(inside, dict) and inside and not flow
+    lines = format_block(value) if block or not is_inline(value) else [format_inline(value)]
+    return "".join(line + "\n" for line in lines)
+
+
+# ==== Kernel =================================================================
+#
+# Calls that Python has no name for, with the numbers of linux/fs.h and
+# linux/falloc.h; the same on every architecture that backy is likely to meet.
+
+# linux/fs.h: FICLONE = _IOW(0x94, 9, int)
+FICLONE = 0x40049409
+# linux/falloc.h, since Linux 5.6 for every file system: FS_IOC_UNRESVSP64 = _IOW('X', 43, ...)
+FS_IOC_UNRESVSP64 = 0x4030582B
+space_resv = struct.Struct("=hhiqqiI16x")  # type, whence, padding, start, length, sysid, pid
+# linux/fs.h: FS_IOC_FSGETXATTR = _IOR('X', 31, struct fsxattr), FSSETXATTR = _IOW('X', 32, ...)
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_IOC_FSSETXATTR = 0x401C5820
+fsxattr = struct.Struct("=IIIII8x")  # xflags, extsize, nextents, projid, cowextsize
+FS_XFLAG_COWEXTSIZE = 0x00010000
+
+PAGE = 4 * KiB
+
+NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+
+
+def clone_file(origin_fd: int, target_fd: int) -> None:
+    """Let the empty file `target_fd` share all extents of `origin_fd`.
+
+    Raises CloneUnsupported where extents cannot be shared, OSError for all else.
+    """
+    try:
+        fcntl.ioctl(target_fd, FICLONE, origin_fd)
+    except OSError as e:
+        if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
+            raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
+        raise
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Free `length` bytes at `offset`, which then read as zeros; False where that cannot be had."""
+    try:
+        fcntl.ioctl(fd, FS_IOC_UNRESVSP64, space_resv.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+    except OSError as e:
+        if e.errno in NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+def hint_small_copies(fd: int) -> None:
+    """Ask XFS to unshare a page at a time; by default it reserves 128 KiB for each of them."""
+    with suppress(OSError):  # advice only, and unknown outside XFS
+        flags, size, _, project, _ = fsxattr.unpack(
+            fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(fsxattr.size))
+        )
+        wanted = fsxattr.pack(flags | FS_XFLAG_COWEXTSIZE, size, 0, project, PAGE)
+        fcntl.ioctl(fd, FS_IOC_FSSETXATTR, wanted)
+
+
+def bypass_cache(fd: int) -> bool:
+    """Make all reads of `fd` come from the medium (O_DIRECT); False where that cannot be had."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError:
+        return False
+    return True
+
+
+def drop_cache(fd: int, offset: int = 0, length: int = 0) -> None:
+    """Start writing what is dirty in this range and forget what is clean; 0 is up to the end."""
+    with suppress(OSError):  # advice only
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def is_cached(fd: int, size: int) -> bool:
+    """Whether most of the file is in the page cache, by a sample of 64 places."""
+    if not size:
+        return True
+    probe = bytearray(1)
+    hits = 0
+    for place in range(64):
+        try:
+            hits += os.preadv(fd, [probe], size * place // 64, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:  # no such call on this file system: leave its cache alone
+            return True
+    return hits > 32
+
+
+def device_writes(number: int) -> tuple[str, ...]:
+    """How much was written to and discarded on block device `number` since boot."""
+    path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"
+    with suppress(OSError), open(path, encoding="ascii") as file:
+        fields = file.read().split()
+        return (
+            fields[4],
+            fields[6],
+            *fields[11:12],
+            *fields[13:14],
+        )  # linux Documentation/block/stat
+    return ()
+
+
+# ==== Files ==================================================================
+#
+# Names are resolved against a directory that is held open and links are never
+# followed, so nobody can redirect us.  An fsync that failed is final: the kernel
+# has thrown the data away, and the next fsync would say that all is well.
+
+NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+TEMPORARY = ".backy-tmp-"
+
+
+def open_directory(path: str) -> int:
+    """A descriptor for the directory `path`, which must not itself be a symbolic link."""
+    try:
+        return os.open(path.rstrip("/") or "/", os.O_DIRECTORY | os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENOTDIR) and os.path.islink(path.rstrip("/")):
+            hint = f"use the real path, {printable(os.path.realpath(path))}"
+            raise BackyError(f"{printable(path)} is a symbolic link", hint) from e
+        if e.errno == errno.ENOENT:
+            raise NotFound(f"{printable(path)}: no such directory") from e
+        raise BackyError(f"cannot open directory {printable(path)}: {e.strerror}") from e
+
+
+def list_directory(dir_fd: int) -> list[str]:
+    """All names, sorted; through a new descriptor, since one kept open is stale on btrfs."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
+    try:
+        return sorted(os.listdir(fd))
+    finally:
+        os.close(fd)
+
+
+def file_type(dir_fd: int, name: str) -> int:
+    """The S_IFMT bits of `name` itself, 0 if there is no such name."""
+    try:
+        return stat.S_IFMT(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return 0
+
+
+def open_regular(dir_fd: int, name: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+    """Open the regular file `name`; a link, pipe or device of that name is an OSError."""
+    fd = os.open(name, flags | NOFOLLOW, mode, dir_fd=dir_fd)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file")
+
+
+def read_small(dir_fd: int, name: str, limit: int = MiB) -> bytes:
+    """The contents of a regular file of at most `limit` bytes."""
+    fd = open_regular(dir_fd, name)
+    try:
+        data = bytearray()
+        while len(data) <= limit:
+            piece = os.read(fd, limit + 1 - len(data))
+            if not piece:
+                return bytes(data)
+            data += piece
+        raise OSError(errno.EFBIG, f"larger than {format_size(limit)}")
+    finally:
+        os.close(fd)
+
+
+def sync(fd: int) -> None:
+    """Force a file or directory to the medium.  Once it failed, what was written is lost."""
+    os.fsync(fd)
+
+
+def write_all(fd: int, data: ListLike[int], offset: int) -> None:
+    """Write all of `data`, bytes or a view of bytes, at `offset`."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        if done <= 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        view = view[done:]
+        offset += done
+
+
+ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def new_id() -> str:
+    """22 characters of base 57, 122 random bits and more: the ids of backy 2.x."""
+    number = int.from_bytes(os.urandom(16), "big")
+    digits = []
+    for _ in range(22):
+        number, digit = divmod(number, len(ALPHABET))
+        digits.append(ALPHABET[digit])
+    return "".join(digits)
+
+
+def temporary_name() -> str:
+    return TEMPORARY + new_id()
+
+
+def is_temporary(name: str) -> bool:
+    return re.fullmatch(re.escape(TEMPORARY) + "[0-9A-Za-z]{22}", name) is not None
+
+
+def replace_file(dir_fd: int, name: str, data: bytes, mode: int) -> None:
+    """Put `data` at `name`; after a crash there is the old file or the new one.
+
+    What reached the medium is read back before the old file goes.
+    """
+    temporary = temporary_name()
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW
+    fd = os.open(temporary, flags, mode, dir_fd=dir_fd)
+    try:
+        try:
+            write_all(fd, data, 0)
+            os.fchmod(fd, mode)
+            sync(fd)
+            drop_cache(fd)
+            if os.pread(fd, len(data) + 1, 0) != data:
+                raise OSError(errno.EIO, "what was read back is not what was written")
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
+        raise
+    sync(dir_fd)
+
+
+def replace_link(dir_fd: int, name: str, target: str) -> None:
+    """Let the symbolic link `name` point to `target`; the caller syncs the directory."""
+    temporary = temporary_name()
+    os.symlink(target, temporary, dir_fd=dir_fd)
+    try:
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
+        raise
+
+
+def take_lock(fd: int, exclusive: bool = True, wait: bool = False) -> bool:
+    """flock `fd`; False when somebody else holds it and we do not wait.
+
+    The kernel frees it with the last descriptor, so there are no stale locks.
+    """
+    try:
+        fcntl.flock(
+            fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+        )
+    except BlockingIOError:
+        return False
+    return True
+
+
+# ==== Images =================================================================
+#
+# An image is read in units, by several threads, each with buffers of its own;
+# it is hashed in blocks and written in pages.  Positional calls only, never
+# mmap of a file: a source that shrinks would end us with SIGBUS.
+
+BLOCK = 64 * KiB
+UNIT = MiB
+ZEROS = bytearray(UNIT)
+WORKERS = 4
+
+
+def is_zero(view: memoryview) -> bool:
+    return ZEROS.startswith(view)
+
+
+class Buffers:
+    """What one thread needs: page-aligned, as O_DIRECT wants it."""
+
+    def __init__(self) -> None:
+        self.new_map, self.old_map = mmap.mmap(-1, UNIT), mmap.mmap(-1, UNIT)
+        self.new, self.old = memoryview(self.new_map), memoryview(self.old_map)
+
+    def equal(self, start: int, end: int) -> bool:
+        """Whether both hold the same there; slices, since views compare 50 times slower."""
+        step = 4 * BLOCK
+        return all(
+            self.new_map[at : min(at + step, end)] == self.old_map[at : min(at + step, end)]
+            for at in range(start, end, step)
+        )
+
+
+def read_at(fd: int, view: memoryview, offset: int, length: int) -> int:
+    """Read `length` bytes at `offset` to the start of `view`; fewer only where the file ends.
+
+    `offset` and the room in `view` are whole pages, so that O_DIRECT works; a
+    short read is taken up again at a page.
+    """
+    done = 0
+    while done < length:
+        start = done - done % PAGE
+        got = os.preadv(fd, [view[start : -(-length // PAGE) * PAGE]], offset + start)
+        if start + got <= done:
+            break
+        done = start + got
+    return min(done, length)
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not a hole, widened to whole pages; all where that is not known."""
+    while start < end:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+            last = os.lseek(fd, first, os.SEEK_HOLE)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return
+            if e.errno not in NOT_SUPPORTED:
+                raise
+            first, last = start, end
+        if first >= end:
+            return
+        last = min(-(-max(last, first + 1) // PAGE) * PAGE, end)
+        yield first - first % PAGE, last
+        start = last
+
+
+def units(size: int, *extents: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """The offsets of all units that one of the extent lists touches, in order, each once."""
+    lists = [iter(one) for one in extents]
+    heads = [next(one, None) for one in lists]
+    offset = 0
+    while offset < size:
+        nearest = size
+        for number, head in enumerate(heads):
+            while head is not None and head[1] <= offset:
+                head = heads[number] = next(lists[number], None)
+            if head is not None:
+                nearest = min(nearest, head[0])
+        if nearest >= size:
+            return
+        offset = max(offset, nearest - nearest % UNIT)
+        yield offset
+        offset += UNIT
+
+
+class Reader:
+    """Reads an image in units; holes come back as zeros and cost nothing."""
+
+    def __init__(self, fd: int, size: int, from_medium: bool) -> None:
+        """With `from_medium` nothing is believed that only the page cache says."""
+        self.fd, self.size = fd, size
+        self.direct = from_medium and bypass_cache(fd)
+        self.drop = from_medium and not self.direct
+        self.bytes_read = 0
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        return data_extents(self.fd, 0, self.size)
+
+    def read(self, view: memoryview, offset: int, length: int) -> None:
+        """Fill `view` with `length` bytes from `offset`; raises OSError, EOFError where it ends."""
+        filled = 0
+        for start, end in data_extents(self.fd, offset, offset + length):
+            start, end = start - offset, end - offset
+            view[filled:start] = ZEROS[: start - filled]
+            if self.drop:
+                drop_cache(self.fd, offset + start, end - start)
+            if read_at(self.fd, view[start:], offset + start, end - start) < end - start:
+                raise EOFError
+            if self.drop:
+                drop_cache(self.fd, offset + start, end - start)
+            self.bytes_read += end - start
+            filled = end
+        view[filled:length] = ZEROS[: length - filled]
+
+    def salvage(self, view: memoryview, offset: int, length: int) -> list[int]:
+        """Like read(), page by page: what cannot be read is zeros, and its offset returned."""
+        lost = []
+        for at in range(0, length, PAGE):
+            try:
+                self.read(view[at : at + PAGE], offset + at, min(PAGE, length - at))
+            except (OSError, EOFError):
+                view[at : min(at + PAGE, length)] = ZEROS[: min(PAGE, length - at)]
+                lost.append(at)
+        return lost
+
+
+class Writer:
+    """Writes the pages of an image that differ from what the file holds."""
+
+    def __init__(self, fd: int, size: int, can_punch: bool = True) -> None:
+        self.fd, self.size, self.can_punch = fd, size, can_punch
+        self.bytes_written = 0
+        self.lock = threading.Lock()
+
+    def update(self, new: memoryview, offset: int, runs: list[tuple[int, int, bool]]) -> None:
+        """Bring `runs` (start, end, whether all zero) of the unit at `offset` to the file."""
+        written = 0
+        for start, end, zero in runs:
+            if not (zero and self.punch(offset + start, end - start)):
+                write_all(self.fd, new[start:end], offset + start)
+                written += end - start
+        if runs:
+            drop_cache(self.fd, offset, UNIT)  # starts the writing, so that the fsync is short
+        with self.lock:
+            self.bytes_written += written
+
+    def punch(self, offset: int, length: int) -> bool:
+        if self.can_punch and offset + length == self.size:
+            length = -(-length // PAGE) * PAGE
+        self.can_punch = self.can_punch and punch_hole(self.fd, offset, length)
+        return self.can_punch
+
+
+def differing_runs(
+    buffers: Buffers, length: int, fresh: bool = False, lost: Iterable[int] = ()
+) -> list[tuple[int, int, bool]]:
+    """(start, end, all zero) of the pages in which `new` differs from `old`, neighbours joined.
+
+    `fresh`: the old is all zeros and was not read.  `lost`: offsets of old pages
+    that could not be read; they differ, whatever they were.
+    """
+    runs: list[tuple[int, int, bool]] = []
+    lost = set(lost)
+    for block in range(0, length, BLOCK):
+        block_end = min(block + BLOCK, length)
+        if not lost and not fresh and buffers.equal(block, block_end):
+            continue
+        for start in range(block, block_end, PAGE):
+            end = min(start + PAGE, length)
+            zero = is_zero(buffers.new[start:end])
+            if start in lost:
+                zero = False  # a hole might be refused on a bad page; written bytes are not
+            elif (fresh and zero) or (not fresh and buffers.equal(start, end)):
+                continue
+            if runs and runs[-1][1] == start and runs[-1][2] == zero:
+                runs[-1] = (runs[-1][0], end, zero)
+            else:
+                runs.append((start, end, zero))
+    return runs
+
+
+def work_through(
+    offsets: Iterable[int],
+    work: Callable[[int, Buffers], None],
+    tick: Callable[[], None],
+    workers: int,
+) -> None:
+    """Call `work` for each offset, in `workers` threads; `tick` now and then in this one.
+
+    The first exception, in a worker or in `tick`, ends all of them and is raised.
+    One worker is this very thread.
+    """
+    if workers <= 1:
+        buffers = Buffers()
+        for offset in offsets:
+            work(offset, buffers)
+            tick()
+        return
+    queue, lock, stop = iter(offsets), threading.Lock(), threading.Event()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            buffers = Buffers()
+            while not stop.is_set():
+                with lock:
+                    offset = next(queue, None)
+                if offset is None:
+                    return
+                work(offset, buffers)
+        except BaseException as e:
+            failures.append(e)
+            stop.set()
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+                tick()
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident:
+                thread.join()
+    if failures:
+        raise failures[0]
+
+
+def workers_for(size: int) -> int:
+    return WORKERS if size > 8 * UNIT else 1
+
+
+# ==== Digests ================================================================
+#
+# {id}.sums vouches for {id}: a header of 64 bytes, then the SHA-256 of each
+# block of 64 KiB, in order; 32 zero bytes for a block of zeros.  The SHA-256 of
+# this whole file stands in {id}.rev, so `sha256sum {id}.sums` can check it.
+
+DIGEST = 32
+sums_header = struct.Struct("<8sI16sIQ24x")  # magic, version, algorithm, block size, image size
+SUMS_MAGIC = b"backysum"
+
+
+class Damaged(Exception):
+    """A digest file is not what its revision says; the caller decides what that costs."""
+
+
+def block_digest(view: memoryview) -> bytes:
+    """The digest of one block, which may be the short last one of an image."""
+    return bytes(DIGEST) if is_zero(view) else hashlib.sha256(view).digest()
+
+
+class Sums:
+    """The digests of one image, read and written at the offset of a unit."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size = fd, size
+
+    def prepare(self) -> None:
+        """Make the file, new or a clone, one for an image of `size` bytes."""
+        os.ftruncate(self.fd, sums_header.size + DIGEST * -(-self.size // BLOCK))
+        write_all(self.fd, sums_header.pack(SUMS_MAGIC, 1, b"sha256", BLOCK, self.size), 0)
+
+    def check(self, digest: str) -> None:
+        """Raise Damaged unless this is the file that `digest`, from the `.rev`, speaks of."""
+        try:
+            header = sums_header.unpack(os.pread(self.fd, sums_header.size, 0))
+            if header[:4] != (SUMS_MAGIC, 1, b"sha256".ljust(16, b"\0"), BLOCK):
+                raise Damaged("its header is unknown")
+            if header[4] != self.size:
+                raise Damaged(f"it is for {header[4]} bytes, not {self.size}")
+            if os.fstat(self.fd).st_size != sums_header.size + DIGEST * -(-self.size // BLOCK):
+                raise Damaged("it has the wrong length")
+            if self.digest() != digest:
+                raise Damaged("its own digest is wrong")
+        except struct.error:
+            raise Damaged("its header is too short") from None
+        except OSError as e:
+            raise Damaged(e.strerror) from e
+
+    def digest(self) -> str:
+        """The SHA-256 of the whole file, from the medium."""
+        drop_cache(self.fd)
+        result, offset = hashlib.sha256(), 0
+        while True:
+            piece = os.pread(self.fd, UNIT, offset)
+            if not piece:
+                return result.hexdigest()
+            result.update(piece)
+            offset += len(piece)
+
+    def read(self, offset: int, length: int) -> list[bytes]:
+        """The digests of the blocks from image offset `offset`, a block's start."""
+        wanted = DIGEST * -(-length // BLOCK)
+        data = os.pread(self.fd, wanted, sums_header.size + DIGEST * (offset // BLOCK))
+        if len(data) < wanted:
+            raise OSError(errno.EIO, "digests cut short")
+        return [data[at : at + DIGEST] for at in range(0, wanted, DIGEST)]
+
+    def write(self, offset: int, digests: list[bytes]) -> None:
+        write_all(self.fd, b"".join(digests), sums_header.size + DIGEST * (offset // BLOCK))
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Where in the image there may be blocks that are not zeros."""
+        for start, end in data_extents(self.fd, 0, os.fstat(self.fd).st_size):
+            first = max(0, start - sums_header.size) // DIGEST
+            last = max(0, end - sums_header.size) // DIGEST + 1
+            yield first * BLOCK, last * BLOCK
+
+
+def blocks_of(length: int) -> Iterator[tuple[int, int, int]]:
+    """(number, start, end) of the blocks in a unit of `length` bytes."""
+    for number, start in enumerate(range(0, length, BLOCK)):
+        yield number, start, min(start + BLOCK, length)
+
+
+# ==== Revisions ==============================================================
+#
+# A revision is one image, never changed once it is complete, and a small file
+# beside it that says what it is.  It exists when that file exists, and it is
+# complete when that file has stats.duration.  Keys and values are those of backy
+# 2.x; what we do not know is kept as it stands.
+
+REVISION_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", re.ASCII)
+TAG = re.compile(r"[0-9A-Za-z][0-9A-Za-z:._+-]{0,63}", re.ASCII)
+MOST_RANGES = 1000
+
+
+class Trust(Enum):
+    TRUSTED = "trusted"
+    VERIFIED = "verified"
+    DISTRUSTED = "distrusted"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What `{id}.rev` says.  Sizes are bytes, `clock` is microseconds and orders revisions."""
+
+    id: str
+    timestamp: datetime
+    clock: int
+    tags: tuple[str, ...] = ()
+    parent: str | None = None
+    duration: float | None = None
+    bytes_written: int = 0
+    trust: Trust = Trust.TRUSTED
+    verified: datetime | None = None
+    protected: bool = False
+    size: int | None = None
+    digest: str = ""
+    damaged: tuple[tuple[int, int], ...] = ()
+    stats: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""  # why its image is of no use; found when the directory is read
+
+    @property
+    def is_complete(self) -> bool:
+        return self.duration is not None
+
+    @property
+    def is_good(self) -> bool:
+        return self.is_complete and not self.problem and self.trust is not Trust.DISTRUSTED
+
+    def __str__(self) -> str:
+        return f"{self.id} ({format_time(self.timestamp)} UTC)"
+
+
+def parse_tags(text: str) -> tuple[str, ...]:
+    """The tags of a comma list, sorted.  Raises BackyError for what can be no tag."""
+    tags = sorted({tag.strip() for tag in text.split(",")})
+    for tag in tags:
+        if not TAG.fullmatch(tag):
+            allowed = "letters, digits and : . _ + -, beginning with a letter or digit, at most 64"
+            raise BackyError(f"{printable(tag)!r} cannot be a tag", f"a tag has {allowed}")
+        if tag.isdigit() or tag in ("last", "latest") or parse_time(tag):
+            raise BackyError(f"{tag!r} cannot be a tag: with -r it means something else")
+    return tuple(tags)
+
+
+def epoch_microseconds(moment: datetime) -> int:
+    return (moment - EPOCH) // MICROSECOND
+
+
+def decode_revision(data: bytes, name: str) -> Revision:
+    """The revision that the text of `{name}.rev` describes.  Raises ValueError with the reason."""
+    try:
+        root = parse_yaml(data.decode("utf-8"))
+    except YAMLError as e:
+        raise ValueError(str(e)) from None
+    if not isinstance(root, Mapping):
+        raise ValueError("it is empty" if not data.strip() else "it is not a mapping")
+    nodes = {key: node for key, (_, node) in root.entries.items()}
+    taken = {key: resolve(nodes.pop(key)) for key in list(nodes) if key in REVISION_KEYS}
+    for key in ("uuid", "timestamp"):
+        if key not in taken:
+            raise ValueError(f"it has no {key}")
+    if not isinstance(root.entries["uuid"][1], Scalar) or root.entries["uuid"][1].text != name:
+        raise ValueError("its uuid is not its name")
+    stats = {}
+    if isinstance(taken.get("stats"), dict):
+        stats = {key: node for key, (_, node) in root.entries["stats"][1].entries.items()}
+    known = {key: resolve(stats.pop(key)) for key in ("bytes_written", "duration") if key in stats}
+    tags = root.entries["tags"][1] if "tags" in taken else None
+    timestamp = decode_timestamp(taken["timestamp"])
+    verified, clock = taken.get("verified"), taken.get("clock")
+    return Revision(
+        id=name,
+        timestamp=timestamp,
+        clock=clock if isinstance(clock, int) else epoch_microseconds(timestamp),
+        tags=tuple(sorted({tag.text for tag in tags.items if isinstance(tag, Scalar)}))
+        if isinstance(tags, Sequence)
+        else (),
+        parent=str(taken["parent"]) if taken.get("parent") else None,
+        duration=decode_number(known.get("duration")),
+        bytes_written=int(decode_number(known.get("bytes_written")) or 0),
+        trust=decode_trust(taken.get("trust")),
+        verified=decode_timestamp(verified) if verified is not None else None,
+        protected=taken.get("protected") is True,
+        size=taken["size"] if isinstance(taken.get("size"), int) else None,
+        digest=decode_digest(taken.get("digest")),
+        damaged=decode_ranges(taken.get("damaged")),
+        stats=stats,
+        extra=nodes,
+    )
+
+
+REVISION_KEYS = frozenset(
+    [
+        "uuid",
+        "timestamp",
+        "clock",
+        "parent",
+        "stats",
+        "tags",
+        "trust",
+        "verified",
+        "protected",
+        "size",
+        "digest",
+        "damaged",
+    ]
+)
+
+
+def decode_timestamp(value: object) -> datetime:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return datetime.fromtimestamp(value, UTC)
+        except (ValueError, OverflowError, OSError):
+            raise ValueError(f"{value} is no time") from None
+    if isinstance(value, datetime):
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    parsed = parse_time(value) if isinstance(value, str) else None
+    if parsed is None:
+        raise ValueError("its timestamp is no time")
+    return parsed
+
+
+def decode_number(value: object) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return value if value >= 0 else None
+    return None
+
+
+def decode_trust(value: object) -> Trust:
+    if value is None:
+        return Trust.TRUSTED
+    try:
+        return Trust(value)
+    except ValueError:
+        raise ValueError(f"its trust is {printable(value)!r}") from None
+
+
+def decode_digest(value: object) -> str:
+    if value is None:
+        return ""
+    match = re.fullmatch("sha256:([0-9a-f]{64})", str(value), re.ASCII)
+    if not match:
+        raise ValueError("its digest is none")
+    return match[1]
+
+
+def decode_ranges(value: object) -> tuple[tuple[int, int], ...]:
+    """Byte ranges, each written `OFFSET+LENGTH`."""
+    ranges = []
+    for text in value if isinstance(value, list) else ():
+        match = re.fullmatch("([0-9]{1,20})[+]([0-9]{1,20})", str(text), re.ASCII)
+        if match:
+            ranges.append((int(match[1]), int(match[2])))
+    return tuple(ranges)
+
+
+def encode_revision(revision: Revision) -> bytes:
+    stats = {**revision.stats, "bytes_written": revision.bytes_written}
+    if revision.duration is not None:
+        stats["duration"] = revision.duration
+    values: dict[str, Any] = {
+        **revision.extra,
+        "uuid": revision.id,
+        "timestamp": revision.timestamp,
+        "clock": revision.clock,
+        "parent": revision.parent,
+        "stats": stats,
+        "tags": list(revision.tags),
+        "trust": revision.trust.value,
+    }
+    if revision.verified:
+        values["verified"] = revision.verified
+    if revision.protected:
+        values["protected"] = True
+    if revision.size is not None:
+        values["size"] = revision.size
+    if revision.digest:
+        values["digest"] = f"sha256:{revision.digest}"
+    if revision.damaged:
+        ranges = [f"{offset}+{length}" for offset, length in revision.damaged]
+        values["damaged"] = ranges[:MOST_RANGES]
+    return format_yaml(values).encode("utf-8")
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """(offset, length) pairs in order, with neighbours and overlaps made one."""
+    joined: list[tuple[int, int]] = []
+    for offset, length in sorted(ranges):
+        if joined and offset <= sum(joined[-1]):
+            joined[-1] = (joined[-1][0], max(sum(joined[-1]), offset + length) - joined[-1][0])
+        else:
+            joined.append((offset, length))
+    return tuple(joined)
+
+
+# ==== Repository =============================================================
+#
+# The directory with all revisions of one job, held open; every name is resolved
+# in it.  Locks are flocks, all gone with the process:
+#
+#   .lock          exclusive, no wait (--wait: wait)  backup, as long as it runs
+#   the directory  exclusive, wait                    any change of metadata, `last`
+#                                                     or a removal; milliseconds
+#   an image       shared                             who reads it, and whose clone
+#                                                     is being made
+#                  exclusive, no wait                 who removes it
+#
+# Life of a revision:  .rev without duration, image, .sums  ->  .rev complete
+# ->  last.  Removal: `last` turned away, .rev renamed to .del, image and .sums
+# unlinked, .del unlinked.  A crash at any point leaves what sweep() can finish.
+
+CHUNKED = (
+    "was made by backy 2.2 or newer, which keeps chunks instead of images; "
+    "restore it with that program and start a new directory with this one"
+)
+
+
+class Repository:
+    """Load what is in the directory, find in it, add to it, remove from it."""
+
+    def __init__(self, path: str, dir_fd: int) -> None:
+        self.path, self.dir_fd = os.path.abspath(path), dir_fd
+        self.name = printable(os.path.basename(os.path.realpath(path)) or "/")
+        self.revisions: list[Revision] = []  # oldest first
+        self.problems: list[tuple[str, str]] = []  # (name of a metadata file, what is wrong)
+        self.told: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str) -> Repository:
+        """Open an existing job directory and load it; one that we cannot read is refused."""
+        repository = cls(path, open_directory(path))
+        try:
+            repository.load()
+            empty = not repository.revisions and not repository.problems
+            if empty and not file_type(repository.dir_fd, "config"):
+                hint = "make one with: backy -b DIR init file IMAGE"
+                raise NotFound(f"{printable(path)}: no job here, there is no config", hint)
+        except BaseException:
+            repository.close()
+            raise
+        return repository
+
+    def close(self) -> None:
+        os.close(self.dir_fd)
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- reading --------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read all metadata anew.  What is damaged or foreign costs one warning each."""
+        self.revisions, self.problems = [], []
+        with explain(f"{self.name}: cannot list the directory"):
+            names = list_directory(self.dir_fd)
+        if "chunks" in names and file_type(self.dir_fd, "chunks") == stat.S_IFDIR:
+            raise BackyError(f"{self.name}: this directory {CHUNKED}")
+        for name in names:
+            if name.endswith(".rev") and name != "last.rev":
+                self.load_one(name[: -len(".rev")])
+        self.revisions.sort(key=lambda revision: (revision.clock, revision.id))
+
+    def load_one(self, name: str) -> None:
+        try:
+            if not REVISION_ID.fullmatch(name) or name in ("last", "config", "status"):
+                raise ValueError("it is not named like a revision")
+            if file_type(self.dir_fd, f"{name}.rev") == stat.S_IFLNK:
+                raise ValueError("it is a symbolic link")
+            revision = decode_revision(read_small(self.dir_fd, f"{name}.rev"), name)
+        except FileNotFoundError:
+            return  # removed since the directory was listed
+        except (ValueError, OSError) as e:
+            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise BackyError(f"{self.name}: cannot read {name}.rev: {e.strerror}") from e
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            self.problems.append((f"{name}.rev", reason))
+            self.tell_once(f"{name}.rev", f"is left alone: {printable(reason)}")
+            return
+        kind = revision.extra.get("backend_type")
+        if isinstance(kind, Scalar) and kind.text == "chunked":
+            raise BackyError(f"{self.name}: this directory {CHUNKED}")
+        self.revisions.append(self.with_image(revision))
+
+    def with_image(self, revision: Revision) -> Revision:
+        """`revision` with the size of its image, or with what is wrong with that."""
+        if not revision.is_complete:
+            return revision
+        problem, size = "", revision.size
+        try:
+            status = os.stat(revision.id, dir_fd=self.dir_fd, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                problem = "its image is not a regular file"
+            elif size is not None and status.st_size != size:
+                problem = f"its image has {status.st_size} bytes instead of {size}"
+            size = status.st_size
+        except OSError as e:
+            problem = f"its image: {e.strerror}"
+        if problem:
+            self.tell_once(revision.id, f"is of no use: {problem}")
+        return replace(revision, size=size, problem=problem)
+
+    def tell_once(self, name: str, what: str) -> None:
+        if name not in self.told:
+            self.told.add(name)
+            log.warning("%s: %s %s", self.name, printable(name), what)
+
+    @property
+    def complete(self) -> list[Revision]:
+        return [revision for revision in self.revisions if revision.is_complete]
+
+    def find(self, spec: str) -> Revision:
+        """The revision that `spec` names: number, last, id or its beginning, tag, date.
+
+        Raises NotFound, saying what there is.  Only a full id finds an incomplete one.
+        """
+        for revision in self.revisions:
+            if revision.id == spec:
+                return revision
+        complete = self.complete
+        if not complete:
+            raise NotFound(f"{self.name}: there is no complete revision yet")
+        if spec in ("last", "latest"):
+            return complete[-1]
+        if re.fullmatch("[0-9]{1,9}", spec, re.ASCII) and int(spec) < len(complete):
+            return complete[-1 - int(spec)]
+        tagged = [revision for revision in complete if spec in revision.tags]
+        begun = [revision for revision in complete if spec and revision.id.startswith(spec)]
+        if len(begun) > 1 or (tagged and begun and begun[0] != tagged[-1]):
+            found = ", ".join(str(revision) for revision in [*tagged[-1:], *begun][:10])
+            raise NotFound(f"{self.name}: {printable(spec)!r} is ambiguous: {found}")
+        if begun or tagged:
+            return (begun or tagged)[-1]
+        moment = parse_time(spec)
+        if moment:
+            before = [revision for revision in complete if revision.timestamp <= moment]
+            if before:
+                return max(before, key=lambda revision: (revision.timestamp, revision.clock))
+        tags = sorted({tag for revision in complete for tag in revision.tags})
+        raise NotFound(
+            f"{self.name}: no revision {printable(spec)!r}",
+            f"there are {len(complete)}, number 0 ({complete[-1]}) to "
+            f"{len(complete) - 1} ({complete[0]}); tags: {printable(', '.join(tags)) or 'none'}",
+        )
+
+    # -- locks ----------------------------------------------------------------
+
+    @contextmanager
+    def job_lock(self, verb: str, wait: float = 0) -> Iterator[None]:
+        """Hold `.lock`.  Raises Busy, saying who holds it, when `wait` seconds were not enough."""
+        with explain(f"{self.name}: cannot lock"):
+            fd = open_regular(self.dir_fd, ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            deadline = time.monotonic() + wait
+            while not take_lock(fd):
+                if time.monotonic() >= deadline:
+                    holder = printable(os.pread(fd, 200, 0).decode("utf-8", "replace").strip())
+                    raise Busy(f"{self.name} is locked by {holder or 'another process'}")
+                time.sleep(0.1)
+            since = format_time(datetime.now(UTC))
+            holder = f"{verb} (pid {os.getpid()} on {socket.gethostname()}, since {since} UTC)\n"
+            with suppress(OSError):  # a full disk does not keep anyone from locking
+                os.ftruncate(fd, 0)
+                write_all(fd, holder.encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def metadata_lock(self) -> Iterator[None]:
+        """Hold the directory, and see it as it is now."""
+        with explain(f"{self.name}: cannot lock the directory"):
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.dir_fd)
+        try:
+            with explain(f"{self.name}: cannot lock the directory"):
+                take_lock(fd, wait=True)
+            self.load()
+            yield
+        finally:
+            os.close(fd)
+
+    def open_image(self, revision: Revision) -> int:
+        """A descriptor for reading the image, which cannot be removed while it is open."""
+        try:
+            fd = open_regular(self.dir_fd, revision.id)
+            take_lock(fd, exclusive=False, wait=True)
+            if os.fstat(fd).st_nlink:
+                return fd
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "it has just been removed")
+        except OSError as e:
+            raise BackyError(f"{self.name}: cannot open image {revision.id}: {e.strerror}") from e
+
+    def open_sums(self, revision: Revision) -> tuple[int, Sums]:
+        """The digests of `revision`, checked.  Raises Damaged when there are none to rely on."""
+        if not revision.digest:
+            raise Damaged("it has none")
+        try:
+            fd = open_regular(self.dir_fd, f"{revision.id}.sums")
+        except OSError as e:
+            raise Damaged(e.strerror) from e
+        try:
+            sums = Sums(fd, revision.size or 0)
+            sums.check(revision.digest)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, sums
+
+    # -- changing; all of it under metadata_lock() ------------------------------
+
+    def write_revision(self, revision: Revision) -> None:
+        """Put the metadata on the medium: the old or the new, whatever happens."""
+        mode = 0o440 if revision.is_complete else 0o600
+        with explain(f"{self.name}: cannot write {revision.id}.rev"):
+            replace_file(self.dir_fd, f"{revision.id}.rev", encode_revision(revision), mode)
+        others = [other for other in self.revisions if other.id != revision.id]
+        self.revisions = sorted([*others, revision], key=lambda one: (one.clock, one.id))
+
+    def change(self, revision: Revision, **values: Any) -> Revision:
+        """Rewrite what has been written of `revision` meanwhile, with `values` on top."""
+        current = next((one for one in self.revisions if one.id == revision.id), None)
+        if current is None:
+            raise NotFound(f"{self.name}: {revision.id} is gone")
+        changed = replace(current, **values)
+        self.write_revision(changed)
+        return changed
+
+    def point_last(self) -> None:
+        """Let `last` and `last.rev` name the newest complete revision that has its image."""
+        usable = [revision for revision in self.complete if not revision.problem]
+        target = usable[-1].id if usable else None
+        changed = False
+        for name, to in (("last", target), ("last.rev", target and f"{target}.rev")):
+            kind = file_type(self.dir_fd, name)
+            if kind not in (0, stat.S_IFLNK):
+                self.tell_once(name, "is not a symbolic link and is left alone")
+            elif to is None and kind:
+                os.unlink(name, dir_fd=self.dir_fd)
+                changed = True
+            elif to is not None and not (kind and os.readlink(name, dir_fd=self.dir_fd) == to):
+                replace_link(self.dir_fd, name, to)
+                changed = True
+        if changed:
+            sync(self.dir_fd)
+
+    def remove(self, revision: Revision) -> None:
+        """Delete a revision.  Raises Busy, and does nothing, while somebody reads it."""
+        with explain(f"{self.name}: cannot remove {revision.id}"), ExitStack() as stack:
+            with suppress(FileNotFoundError, PermissionError):
+                if file_type(self.dir_fd, revision.id) == stat.S_IFREG:
+                    fd = open_regular(self.dir_fd, revision.id)
+                    stack.callback(os.close, fd)
+                    if not take_lock(fd):
+                        raise Busy(f"{self.name}: {revision.id} is being read")
+            self.revisions = [one for one in self.revisions if one.id != revision.id]
+            self.point_last()
+            dir_fd, name = self.dir_fd, revision.id
+            os.rename(f"{name}.rev", f"{name}.del", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            sync(dir_fd)
+            self.bury(name)
+
+    def bury(self, name: str) -> None:
+        """Finish the removal of the revision whose tombstone is `{name}.del`."""
+        for victim in (name, f"{name}.sums", f"{name}.del"):
+            kind = file_type(self.dir_fd, victim)
+            if kind == stat.S_IFREG:
+                os.unlink(victim, dir_fd=self.dir_fd)
+            elif kind:
+                self.tell_once(victim, "is not a regular file and is left alone")
+        sync(self.dir_fd)
+
+    def sweep(self) -> None:
+        """Finish or remove what interrupted runs left, and only that."""
+        with explain(f"{self.name}: cannot clear what an interrupted run left"):
+            for name in list_directory(self.dir_fd):
+                if is_temporary(name):
+                    if file_type(self.dir_fd, name) in (stat.S_IFREG, stat.S_IFLNK):
+                        os.unlink(name, dir_fd=self.dir_fd)
+                elif name.endswith(".del") and REVISION_ID.fullmatch(name[:-4]):
+                    self.sweep_tombstone(name[:-4])
+            for revision in self.revisions:
+                if not revision.is_complete:
+                    log.warning("%s: removing incomplete revision %s", self.name, revision.id)
+                    try:
+                        self.remove(revision)
+                    except Busy as e:
+                        log.warning("%s", e)
+            self.point_last()
+
+    def sweep_tombstone(self, name: str) -> None:
+        try:
+            decode_revision(read_small(self.dir_fd, f"{name}.del"), name)
+        except (ValueError, OSError) as e:
+            self.tell_once(f"{name}.del", f"is left alone: {printable(e)}")
+            return
+        if not file_type(self.dir_fd, f"{name}.rev"):
+            self.bury(name)
+
+    def check_presence(self) -> None:
+        """Raise BackyError unless this directory is still where it was opened."""
+        try:
+            there = os.path.samestat(
+                os.stat(self.path, follow_symlinks=False), os.fstat(self.dir_fd)
+            )
+        except OSError:
+            there = False
+        if not there or not os.fstat(self.dir_fd).st_nlink:
+            raise BackyError(
+                f"{self.name}: the directory {printable(self.path)} was moved or deleted"
+            )
+
+
+# ==== Sources ================================================================
+#
+# A source gives a still image and says when it did not stay still.  That is all
+# the rest of the program knows of it.
+
+
+class Still:
+    """An image that is being backed up: its reader, and whether it has changed since."""
+
+    def __init__(self, name: str, size: int, reader: Reader) -> None:
+        self.name, self.size, self.reader = name, size, reader
+
+    def check(self) -> None:
+        """Raise BackyError when the image is no longer what it was."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.  Naming a `type` registers it."""
+
+    type = ""
+    keys: tuple[str, ...] = ()
+
+    @classmethod
+    def types(cls) -> dict[str, type[Source]]:
+        return {one.type: one for one in Source.__subclasses__()}
+
+    @classmethod
+    def parse(cls, words: str) -> dict[str, str]:
+        """What `init` writes to the configuration for SOURCE."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, options: dict[str, str]) -> Source:
+        raise NotImplementedError
+
+    @contextmanager
+    def snapshot(self, name: str) -> Iterator[Still]:
+        raise NotImplementedError
+        yield
+
+
+class StillFile(Still):
+    """A file or device, watched: it must not change its size, its time or its place."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        status = os.fstat(fd)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        super().__init__(printable(path), size, Reader(fd, size, not is_cached(fd, size)))
+        self.path, self.fd, self.status = path, fd, status
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        if time.time() - status.st_mtime < 0.02 and not self.is_device:
+            time.sleep(0.02)  # so that a later write cannot have the same time
+        self.writes = self.count_writes()
+
+    def count_writes(self) -> tuple[str, ...]:
+        if not self.is_device:
+            return ()
+        with suppress(OSError):  # what was dirty before must not count as written since
+            os.fdatasync(self.fd)
+        return device_writes(self.status.st_rdev)
+
+    def check(self) -> None:
+        status, what = os.fstat(self.fd), ""
+        size = os.lseek(self.fd, 0, os.SEEK_END)
+        if size != self.size:
+            verb = "grew" if size > self.size else "shrank"
+            what = f"{verb} from {self.size} to {size} bytes"
+        elif (
+            status.st_mtime_ns != self.status.st_mtime_ns and not self.is_device
+        ) or self.count_writes() != self.writes:
+            what = "changed"
+        elif not self.is_device and not status.st_nlink:
+            what = "vanished"
+        else:
+            try:
+                if not os.path.samestat(os.stat(self.path), self.status):
+                    what = "was replaced"
+            except OSError:
+                what = "vanished"
+        if what:
+            raise SourceChanged(f"{self.name} {what} while it was read", SourceChanged.remedy)
+
+
+class SourceChanged(BackyError):
+    """The source did not stay still, so what was read is no image of any moment."""
+
+    remedy = "back up a snapshot, or stop what writes to it (fsfreeze, virsh suspend)"
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """An image file or a block device that nobody writes to meanwhile."""
+
+    filename: str = ""
+
+    type = "file"
+    keys = ("filename", "cow")
+
+    @classmethod
+    def parse(cls, words: str) -> dict[str, str]:
+        if not words or "\0" in words:
+            raise ConfigError("a file source is initialised with the path of an image")
+        return {"filename": os.path.abspath(words), "type": "file"}
+
+    @classmethod
+    def load(cls, options: dict[str, str]) -> Source:
+        if not options.get("filename"):
+            raise ConfigError("its source has no filename")
+        return cls(filename=options["filename"])
+
+    @contextmanager
+    def snapshot(self, name: str) -> Iterator[Still]:
+        shown = printable(self.filename)
+        with explain(f"cannot open source {shown}"):
+            fd = os.open(self.filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise BackyError(f"source {shown} is neither a file nor a block device")
+            with explain(f"cannot examine source {shown}"):
+                still = StillFile(self.filename, fd)
+            yield still
+        finally:
+            os.close(fd)
+
+
+class VerifyMode(Enum):
+    """How a backup is proven: by reading the previous image too, or only what was written."""
+
+    FULL = "full"
+    WRITTEN = "written"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `config` in the job's directory says."""
+
+    source: Source
+    verify: VerifyMode
+
+
+JOB_KEYS = ("type", "verify", "full-always", "backend")
+
+
+def load_job(repository: Repository) -> Job:
+    """Read `config`.  Raises ConfigError with what is wrong; unknown keys are a warning."""
+    where = f"{repository.name}: config"
+    try:
+        root = parse_yaml(read_small(repository.dir_fd, "config").decode("utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror}") from e
+    except (YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where}: {e}") from e
+    if isinstance(root, Mapping) and "source" in root.entries:  # as backy 2.5 nests it
+        root = root.entries["source"][1]
+    if not isinstance(root, Mapping):
+        raise ConfigError(f"{where}: it is not a mapping")
+    options = {
+        key: "" if node.plain and node.text in ("", "null", "~") else node.text
+        for key, (_, node) in root.entries.items()
+        if isinstance(node, Scalar)
+    }
+    kind = Source.types().get(options.get("type", ""))
+    if kind is None:
+        there = ", ".join(sorted(Source.types()))
+        raise ConfigError(
+            f"{where}: no source type {printable(options.get('type', ''))!r} in this version",
+            f"source types are: {there}",
+        )
+    for key in root.entries:
+        if key not in (*JOB_KEYS, *kind.keys):
+            alike = suggestion(key, (*JOB_KEYS, *kind.keys))
+            log.warning("%s: unknown key %r%s", where, printable(key), alike)
+    if options.get("backend", "cowfile") == "chunked":
+        raise ConfigError(f"{where}: this directory {CHUNKED}")
+    try:
+        mode = VerifyMode(options.get("verify") or "full")
+    except ValueError:
+        raise ConfigError(
+            f"{where}: verify is full or written, not {options['verify']!r}"
+        ) from None
+    try:
+        return Job(kind.load(options), mode)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}", e.hint) from e
+
+
+def initialise(path: str, kind: str, words: str) -> None:
+    """Make a job directory with a config, which may hold secrets and is for us alone."""
+    types = Source.types()
+    if kind not in types:
+        there = ", ".join(sorted(types))
+        raise ConfigError(
+            f"no source type {printable(kind)!r}{suggestion(kind, types)}; there are: {there}"
+        )
+    config = types[kind].parse(words)
+    with explain(f"cannot create {printable(path)}"):
+        os.makedirs(path, 0o700, exist_ok=True)
+    dir_fd = open_directory(path)
+    try:
+        if file_type(dir_fd, "config"):
+            raise BackyError("Refusing to initialize with existing config.")
+        with explain(f"cannot write {printable(path)}/config"):
+            replace_file(dir_fd, "config", format_yaml(config, flow=True).encode(), 0o600)
+    finally:
+        os.close(dir_fd)
+
+
+# ==== Progress ===============================================================
+#
+# One line that is drawn over on a terminal, one a minute with -v elsewhere, and
+# one whenever SIGUSR1 comes, also when nothing else is said.
+
+
+class Progress:
+    """How far one pass over an image is.  `position` moves in worker threads."""
+
+    current: Progress | None = None
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.position = label, total, 0
+        self.started = self.shown = time.monotonic()
+        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.width = 0
+
+    def __enter__(self) -> Progress:
+        Progress.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Progress.current = None
+        if self.width:
+            self.draw("")
+
+    def reach(self, position: int) -> None:
+        self.position = max(self.position, position)
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self.on_terminal and now - self.shown >= 0.2:
+            self.shown = now
+            self.draw(self.line())
+        elif not self.on_terminal and now - self.shown >= 60:
+            self.shown = now
+            log.debug("%s", self.line())
+
+    def line(self) -> str:
+        elapsed = max(time.monotonic() - self.started, 0.001)
+        done, total = min(self.position, self.total), self.total
+        share = 100 * done // total if total else 100
+        text = f"{self.label}  {format_size(done)} of {format_size(total)}  {share} %"
+        text += f"  {format_size(int(done / elapsed))}/s"
+        if elapsed > 3 and 0 < done < total:
+            text += f"  eta {format_clock(elapsed * (total - done) / done)}"
+        return text
+
+    def draw(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\r" + text.ljust(self.width) + ("" if text else "\r"))
+            sys.stderr.flush()
+        self.width = len(text)
+
+
+def report_progress(*_: object) -> None:
+    """On SIGUSR1."""
+    line = Progress.current.line() if Progress.current else "between two steps"
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+# ==== Backup =================================================================
+#
+# The order of the steps is the design: metadata that says incomplete, image,
+# digests, each forced to the medium and read back, then the metadata that says
+# complete, then `last`.  Until that one rename nothing counts, after it nothing
+# is undone.
+
+
+class Update:
+    """One pass that brings an image up to date with its source.
+
+    `fresh`: the image is empty.  Else it is a clone of the parent, and with
+    `by_digest` only blocks whose digest is new are compared with it.  `rehash`:
+    the digests found are not to be relied on.
+    """
+
+    def __init__(
+        self,
+        still: Still,
+        old: Reader,
+        writer: Writer,
+        sums: Sums,
+        fresh: bool,
+        by_digest: bool,
+        rehash: bool,
+        resized_from: int | None,
+    ) -> None:
+        self.still, self.old, self.writer, self.sums = still, old, writer, sums
+        self.fresh, self.by_digest, self.rehash = fresh, by_digest, rehash
+        # the short last block means something else when the size is another
+        ends = {still.size // BLOCK, resized_from // BLOCK} if resized_from is not None else set()
+        self.resized = {block for block in ends if block * BLOCK < still.size}
+        self.written = bytearray(still.size // BLOCK // 8 + 1)  # a bit per block
+        self.expected = 0
+        self.lock = threading.Lock()
+
+    def offsets(self) -> Iterator[int]:
+        """The units that hold something in the source, in the image or in the digests."""
+        ends = [(block * BLOCK, block * BLOCK + 1) for block in sorted(self.resized)]
+        sums = [] if self.fresh else self.sums.extents()
+        return units(self.still.size, self.still.reader.extents(), self.old.extents(), ends, sums)
+
+    def unit(self, offset: int, buffers: Buffers) -> None:
+        length = min(UNIT, self.still.size - offset)
+        self.read_source(buffers.new, offset, length)
+        digests = [bytes(DIGEST)] * -(-length // BLOCK)
+        if not self.fresh:
+            digests = self.sums.read(offset, length)
+        new = list(digests)
+        if self.by_digest or self.rehash:
+            new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
+        if self.by_digest and new == digests:
+            return
+        lost = [] if self.fresh else self.read_old(buffers, offset, length)
+        runs = differing_runs(buffers, length, self.fresh, lost)
+        changed = {
+            block for start, end, _ in runs for block in range(start // BLOCK, -(-end // BLOCK))
+        }
+        for block, start, end in blocks_of(length):
+            if block in changed or offset // BLOCK + block in self.resized:
+                new[block] = block_digest(buffers.new[start:end])
+        with explain(f"cannot write image at offset {offset}"):
+            self.writer.update(buffers.new, offset, runs)
+        with explain(f"cannot write digests for offset {offset}"):
+            if new != digests:
+                self.sums.write(offset, new)
+        self.note(offset, changed, new)
+
+    def read_source(self, view: memoryview, offset: int, length: int) -> None:
+        try:
+            self.still.reader.read(view, offset, length)
+        except (OSError, EOFError):
+            self.still.check()
+            lost = self.still.reader.salvage(view, offset, length)
+            if lost:
+                name, at = self.still.name, offset + lost[0]
+                raise BackyError(
+                    f"cannot read source {name} at offset {at}: Input/output error"
+                ) from None
+
+    def read_old(self, buffers: Buffers, offset: int, length: int) -> list[int]:
+        """Read the clone's own bytes; the offsets of pages that cannot be read."""
+        try:
+            self.old.read(buffers.old, offset, length)
+            return []
+        except (OSError, EOFError):
+            lost = self.old.salvage(buffers.old, offset, length)
+            log.warning("the previous image cannot be read at offset %d: written anew", offset)
+        if lost and length % PAGE and lost[-1] + PAGE > length:
+            # to write a part of a page would be to read it: let it go first
+            with explain("cannot truncate image"):
+                os.ftruncate(self.writer.fd, offset + lost.pop())
+                os.ftruncate(self.writer.fd, self.still.size)
+        return lost
+
+    def note(self, offset: int, changed: Iterable[int], digests: list[bytes]) -> None:
+        """Remember what is to be read back, and a sum that tells lost writes of any kind."""
+        first = offset // BLOCK
+        with self.lock:
+            for block in changed:
+                self.written[(first + block) // 8] |= 1 << (first + block) % 8
+                self.expected ^= block_mark(first + block, digests[block])
+
+    def is_written(self, block: int) -> bool:
+        return bool(self.written[block // 8] & 1 << block % 8)
+
+    def written_units(self) -> Iterator[int]:
+        step = UNIT // BLOCK // 8
+        for index in range(0, len(self.written), step):
+            if any(self.written[index : index + step]):
+                yield index * 8 * BLOCK
+
+
+def block_mark(block: int, digest: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(struct.pack("<Q", block) + digest).digest(), "little")
+
+
+class ReadBack:
+    """The second pass: what was written, from the medium, against the digests."""
+
+    def __init__(self, update: Update, image: Reader) -> None:
+        self.update, self.image = update, image
+        self.sums = update.sums
+        self.found = 0
+        self.bytes_read = 0
+        self.bad: list[int] = []
+        self.lock = threading.Lock()
+
+    def unit(self, offset: int, buffers: Buffers) -> None:
+        length = min(UNIT, self.image.size - offset)
+        digests = self.sums.read(offset, length)
+        first = offset // BLOCK
+        for block, start, end in blocks_of(length):
+            if not self.update.is_written(first + block):
+                continue
+            view = buffers.new[start:end]
+            try:
+                self.image.read(buffers.new[start:], offset + start, end - start)
+                good = block_digest(view) == digests[block]
+            except (OSError, EOFError):
+                good = False
+            with self.lock:
+                self.bytes_read += end - start
+                self.found ^= block_mark(first + block, digests[block])
+                if not good:
+                    self.bad.append((first + block) * BLOCK)
+
+
+@dataclass
+class Base:
+    """What a new image is cloned from, held open so that it stays."""
+
+    revision: Revision
+    image_fd: int
+    sums_fd: int | None  # None: no digests to rely on
+
+
+def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
+    """The newest good revision, else the newest that can be read at all; its files held open."""
+    usable = [revision for revision in repository.complete if not revision.problem]
+    good = [revision for revision in usable if revision.is_good]
+    if not usable:
+        return None
+    revision = (good or usable)[-1]
+    image_fd = repository.open_image(revision)
+    stack.callback(os.close, image_fd)
+    if not good:
+        log.warning("%s: parent %s is distrusted, all is compared", repository.name, revision.id)
+        return Base(revision, image_fd, None)
+    try:
+        sums_fd, _ = repository.open_sums(revision)
+    except Damaged as e:
+        if revision.digest:
+            log.warning("%s: digests of %s are damaged: %s", repository.name, revision.id, e)
+        return Base(revision, image_fd, None)
+    stack.callback(os.close, sums_fd)
+    return Base(revision, image_fd, sums_fd)
+
+
+class Backup:
+    """One run, from the lock to `last`."""
+
+    def __init__(self, repository: Repository, job: Job, tags: tuple[str, ...]) -> None:
+        self.repository, self.job, self.tags = repository, job, tags
+        self.name = repository.name
+
+    def run(self) -> Revision:
+        """Make a revision and return it.  Raises BackyError, and nothing is left then."""
+        repository = self.repository
+        started = time.monotonic()
+        with ExitStack() as stack, self.job.source.snapshot("backy") as still:
+            with repository.metadata_lock():
+                repository.sweep()
+                base = choose_parent(repository, stack)
+                revision = self.begin(base)
+            try:
+                revision = self.fill(revision, base, still)
+                still.check()
+                repository.check_presence()
+                revision = replace(revision, duration=max(time.monotonic() - started, 0.001))
+                with repository.metadata_lock():
+                    repository.write_revision(revision)
+            except BaseException:
+                self.discard(revision)
+                raise
+        return self.finish(revision)
+
+    def begin(self, base: Base | None) -> Revision:
+        """Say on the medium that there is an incomplete revision."""
+        revisions = self.repository.revisions
+        now = datetime.now(UTC)
+        newest = max((revision.clock for revision in revisions), default=0)
+        revision = Revision(
+            id=new_id(),
+            timestamp=now,
+            clock=max(newest + 1, epoch_microseconds(now)),
+            tags=self.tags,
+            parent=base.revision.id if base else None,
+        )
+        if newest > epoch_microseconds(now + timedelta(minutes=5)):
+            log.warning("%s: the newest revision is from the future; check the clock", self.name)
+        self.repository.write_revision(revision)
+        log.info("%s: new revision %s [%s]", self.name, revision.id, ",".join(self.tags))
+        return revision
+
+    def fill(self, revision: Revision, base: Base | None, still: Still) -> Revision:
+        """Make image and digests, prove them, and return what is now known of them."""
+        with ExitStack() as stack:
+            image_fd, sums_fd = (
+                self.create(name, stack) for name in (revision.id, f"{revision.id}.sums")
+            )
+            cloned = base is not None and self.clone(base, image_fd, sums_fd, still.size)
+            rehash = not cloned or base is None or base.sums_fd is None
+            with explain(f"{self.name}: cannot prepare image"):
+                if os.fstat(image_fd).st_size != still.size:
+                    os.ftruncate(image_fd, still.size)
+                sums = Sums(sums_fd, still.size)
+                sums.prepare()
+                # a second descriptor, for reading past the cache
+                old_fd = open_regular(self.repository.dir_fd, revision.id)
+                stack.callback(os.close, old_fd)
+            reader = Reader(old_fd, still.size, True)
+            update = Update(
+                still,
+                reader,
+                Writer(image_fd, still.size),
+                sums,
+                fresh=not cloned,
+                by_digest=cloned and not rehash and self.job.verify is VerifyMode.WRITTEN,
+                rehash=rehash,
+                resized_from=base.revision.size
+                if base and base.revision.size != still.size
+                else None,
+            )
+            log.info("%s: performing %s backup", self.name, "differential" if cloned else "full")
+            self.transfer(update)
+            digest = self.settle(image_fd, sums_fd, sums)
+            proven = self.prove(update, reader, base)
+        everything = not update.by_digest
+        stats = {**revision.stats, "verification": "full" if everything else "written"}
+        stats["bytes_verified"] = still.size if everything else proven
+        return replace(
+            revision,
+            size=still.size,
+            digest=digest,
+            bytes_written=update.writer.bytes_written,
+            trust=Trust.VERIFIED if everything else Trust.TRUSTED,
+            verified=datetime.now(UTC) if everything else None,
+            stats=stats,
+        )
+
+    def create(self, name: str, stack: ExitStack) -> int:
+        with explain(f"{self.name}: cannot create {name}"):
+            fd = open_regular(self.repository.dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        stack.callback(os.close, fd)
+        return fd
+
+    def clone(self, base: Base, image_fd: int, sums_fd: int, size: int) -> bool:
+        """Let the new image share the parent's extents; False, and a warning, where it cannot."""
+        try:
+            with explain(f"{self.name}: cannot clone {base.revision.id}"):
+                self.clone_one(base.image_fd, image_fd)
+                if base.sums_fd is not None:
+                    self.clone_one(base.sums_fd, sums_fd)
+        except CloneUnsupported:
+            log.warning(
+                "%s: this file system cannot share extents: the whole image is written again "
+                "(keep backups on btrfs, or on XFS made with reflink=1)",
+                self.name,
+            )
+            return False
+        return True
+
+    @staticmethod
+    def clone_one(origin_fd: int, target_fd: int) -> None:
+        clone_file(origin_fd, target_fd)
+        if os.fstat(target_fd).st_size != os.fstat(origin_fd).st_size:
+            raise OSError(errno.EIO, "the clone has another size")
+        hint_small_copies(target_fd)
+
+    def transfer(self, update: Update) -> None:
+        """Run the first pass, with an eye on the source."""
+        still, looked = update.still, time.monotonic()
+
+        def tick() -> None:
+            nonlocal looked
+            progress.tick()
+            if time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                still.check()
+
+        def unit(offset: int, buffers: Buffers) -> None:
+            progress.reach(offset)
+            update.unit(offset, buffers)
+
+        with Progress(self.name, still.size) as progress:
+            try:
+                with explain(f"{self.name}: backup"):
+                    work_through(update.offsets(), unit, tick, workers_for(still.size))
+                    still.check()
+            except SourceChanged as e:
+                at = self.first_difference(update, progress.position)
+                raise SourceChanged(f"{self.name}: {e}{at}", e.hint) from e
+            except BackyError as e:
+                raise BackyError(f"{self.name}: {e}", e.hint) from e
+
+    @staticmethod
+    def first_difference(update: Update, position: int) -> str:
+        """Where the source differs from what was read of it, looked for during 10 seconds."""
+        buffers, deadline = Buffers(), time.monotonic() + 10
+        size = update.still.size
+        with suppress(OSError, EOFError):
+            for offset in range(0, min(position + UNIT, size), UNIT):
+                length = min(UNIT, size - offset)
+                try:
+                    update.still.reader.read(buffers.new, offset, length)
+                except EOFError:
+                    end = os.lseek(update.still.reader.fd, 0, os.SEEK_END)
+                    return f": it ends at offset {end}"
+                update.old.read(buffers.old, offset, length)
+                runs = differing_runs(buffers, length)
+                if runs:
+                    return f": it differs from offset {offset + runs[0][0]} on"
+                if time.monotonic() > deadline:
+                    break
+        return f" (read up to offset {min(position + UNIT, size)})"
+
+    def settle(self, image_fd: int, sums_fd: int, sums: Sums) -> str:
+        """Force image and digests to the medium, read-only; the digest of the digests."""
+        for what, fd in (("image", image_fd), ("digests", sums_fd)):
+            with explain(f"{self.name}: cannot write {what} to the medium"):
+                os.fchmod(fd, 0o440)
+                sync(fd)
+                drop_cache(fd)
+        with explain(f"{self.name}: cannot read the digests back"):
+            digest = sums.digest()
+        with explain(f"{self.name}: cannot write the directory to the medium"):
+            sync(self.repository.dir_fd)
+        return digest
+
+    def prove(self, update: Update, reader: Reader, base: Base | None) -> int:
+        """Read back what was written; raises Distrusted where that is not what it should be."""
+        log.info(
+            "%s: performing %s verification", self.name, "partial" if update.by_digest else "full"
+        )
+        check = ReadBack(update, reader)
+        with Progress(f"{self.name} (reading back)", reader.size) as progress:
+
+            def unit(offset: int, buffers: Buffers) -> None:
+                progress.reach(offset)
+                check.unit(offset, buffers)
+
+            with explain(f"{self.name}: cannot read back"):
+                work_through(update.written_units(), unit, progress.tick, workers_for(reader.size))
+        with explain(f"{self.name}: cannot examine the image"):
+            sizes = os.fstat(update.writer.fd).st_size, os.fstat(update.sums.fd).st_size
+        wanted = (reader.size, sums_header.size + DIGEST * -(-reader.size // BLOCK))
+        if check.bad:
+            self.suspect(base, check.bad)
+            raise Distrusted(
+                f"{self.name}: verification failed: the medium returns other bytes than were "
+                f"written at offset {', '.join(map(str, sorted(check.bad)[:10]))}",
+                "the disk, its cable or its controller may be failing; look at dmesg",
+            )
+        if check.found != update.expected or sizes != wanted:
+            raise Distrusted(f"{self.name}: verification failed: writes have been lost")
+        return check.bytes_read
+
+    def suspect(self, base: Base | None, offsets: list[int]) -> None:
+        """Distrust the parent if its own blocks are not what its digests say."""
+        if base is None or base.sums_fd is None:
+            return
+        size = base.revision.size or 0
+        reader, sums, buffers = (
+            Reader(base.image_fd, size, True),
+            Sums(base.sums_fd, size),
+            Buffers(),
+        )
+        for offset in offsets:
+            length = min(BLOCK, size - offset)
+            if length <= 0:
+                continue
+            try:
+                reader.read(buffers.new, offset, length)
+                if block_digest(buffers.new[:length]) == sums.read(offset, length)[0]:
+                    continue
+            except (OSError, EOFError):
+                pass
+            log.warning("%s: parent %s is damaged: distrusted", self.name, base.revision.id)
+            with suppress(BackyError), self.repository.metadata_lock():
+                self.repository.change(
+                    base.revision, trust=Trust.DISTRUSTED, damaged=((offset, length),)
+                )
+            return
+
+    def discard(self, revision: Revision) -> None:
+        """Leave nothing of a revision that did not become complete."""
+        try:
+            with self.repository.metadata_lock():
+                current = [one for one in self.repository.revisions if one.id == revision.id]
+                if current and not current[0].is_complete:
+                    self.repository.remove(revision)
+        except BackyError as e:
+            log.warning("%s: cannot clear up after the failure: %s", self.name, e)
+
+    def finish(self, revision: Revision) -> Revision:
+        """After the commit: what fails now is a warning, for the revision is there."""
+        try:
+            with self.repository.metadata_lock():
+                with explain(f"{self.name}: cannot point last to {revision.id}"):
+                    self.repository.point_last()
+        except BackyError as e:
+            log.warning("%s", e)
+        self.repository.check_presence()
+        log.info(
+            "%s: revision %s complete: %s, %s written, in %.1f s",
+            self.name,
+            revision.id,
+            format_size(revision.size or 0),
+            format_size(revision.bytes_written),
+            revision.duration,
+        )
+        return revision
+
+
+# ==== Verify =================================================================
+#
+# Reading an image while holding every block against its digest.  Restore goes
+# the same way, so that it hands out nothing unseen.
+
+
+class CheckedImage:
+    """A revision's image, open and pinned, and what is wrong with it as far as it was read."""
+
+    def __init__(self, repository: Repository, revision: Revision, stack: ExitStack) -> None:
+        if revision.problem:
+            raise Distrusted(f"{repository.name}: {revision.id}: {revision.problem}")
+        fd = repository.open_image(revision)
+        stack.callback(os.close, fd)
+        self.revision, self.size = revision, os.fstat(fd).st_size
+        self.fd, self.reader = fd, Reader(fd, self.size, True)
+        self.sums: Sums | None = None
+        self.unchecked = ""
+        self.damaged: list[tuple[int, int]] = []
+        try:
+            sums_fd, self.sums = repository.open_sums(replace(revision, size=self.size))
+            stack.callback(os.close, sums_fd)
+        except Damaged as e:
+            made_by = "made by backy 2.x, it has no digests"
+            self.unchecked = f"its digests are damaged: {e}" if revision.digest else made_by
+
+    def offsets(self, *others: Iterable[tuple[int, int]]) -> Iterator[int]:
+        """The units in which there is something, or should be, or where `others` have something."""
+        digests = self.sums.extents() if self.sums else []
+        return units(self.size, self.reader.extents(), digests, *others)
+
+    def read(self, view: memoryview, offset: int, length: int) -> None:
+        """Fill `view`; what cannot be read is zeros.  Damage is noted, not raised."""
+        try:
+            self.reader.read(view, offset, length)
+            lost: set[int] = set()
+        except (OSError, EOFError):
+            lost = {at // BLOCK for at in self.reader.salvage(view, offset, length)}
+        try:
+            digests = self.sums.read(offset, length) if self.sums else None
+        except OSError:
+            digests = None
+        for block, start, end in blocks_of(length):
+            if block in lost or (digests and block_digest(view[start:end]) != digests[block]):
+                self.damaged.append((offset + start, end - start))
+
+    def damage(self) -> tuple[tuple[int, int], ...]:
+        return join_ranges(self.damaged)
+
+
+def describe_ranges(ranges: ListLike[tuple[int, int]]) -> list[str]:
+    lines = [
+        f"bytes {offset} to {offset + length - 1} ({length})" for offset, length in ranges[:100]
+    ]
+    if len(ranges) > 100:
+        lines.append(f"and {len(ranges) - 100} more ranges")
+    return lines
+
+
+def verify_revision(repository: Repository, revision: Revision) -> tuple[Revision, int]:
+    """Read all of an image from the medium; the revision as it is known now, and bytes read.
+
+    Marks the revision verified or distrusted; where that cannot be written, it
+    warns, and the result stands.  Raises BackyError when there is nothing to
+    verify against.
+    """
+    with ExitStack() as stack:
+        image = CheckedImage(repository, revision, stack)
+        if image.sums is None:
+            raise Distrusted(
+                f"{repository.name}: {revision.id} cannot be verified: {image.unchecked}"
+            )
+
+        def unit(offset: int, buffers: Buffers) -> None:
+            progress.reach(offset)
+            image.read(buffers.new, offset, min(UNIT, image.size - offset))
+
+        with Progress(f"{repository.name} (verifying)", image.size) as progress:
+            with explain(f"{repository.name}: verify"):
+                work_through(image.offsets(), unit, progress.tick, workers_for(image.size))
+        damaged, now = image.damage(), datetime.now(UTC)
+        trust = Trust.DISTRUSTED if damaged else Trust.VERIFIED
+        result = replace(revision, trust=trust, verified=now, damaged=damaged)
+        try:
+            with repository.metadata_lock():
+                result = repository.change(revision, trust=trust, verified=now, damaged=damaged)
+        except BackyError as e:
+            log.warning("%s (the result is not recorded)", e)
+        return result, image.reader.bytes_read
+
+
+# ==== Restore ================================================================
+#
+# To a new file by sharing or by copying, over a file or device by writing only
+# what differs, to a pipe as a stream.  Every block is checked on the way; damage
+# does not stop a restore, but it is listed and the exit status is 1.
+
+
+class Target:
+    """A file or block device that is to become the image."""
+
+    def __init__(self, path: str, fd: int, is_new: bool) -> None:
+        self.path, self.fd, self.is_new = path, fd, is_new
+        self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
+def open_target(
+    repository: Repository, path: str, size: int, force: bool, stack: ExitStack
+) -> Target:
+    """Open or create TARGET; refuses, before a byte is written, what must not be overwritten."""
+    shown = printable(path)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, fd)
+        return Target(path, fd, True)
+    except FileExistsError:
+        pass
+    except OSError as e:
+        raise BackyError(f"cannot create {shown}: {e.strerror}") from e
+    with explain(f"cannot examine {shown}"):
+        status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise BackyError(
+            f"{shown} is neither a file nor a block device", "for a pipe use - as TARGET"
+        )
+    refuse_revision(repository, path)
+    if not force:
+        what = "a block device" if stat.S_ISBLK(status.st_mode) else "a file"
+        raise BackyError(f"{shown} exists, it is {what}", "use --force to overwrite it")
+    exclusive = (
+        os.O_EXCL if stat.S_ISBLK(status.st_mode) else 0
+    )  # the kernel refuses what is in use
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except OSError as e:
+        if e.errno in (errno.EBUSY, errno.ETXTBSY):
+            raise Busy(f"{shown} is in use: it is mounted or held open") from e
+        raise BackyError(f"cannot open {shown}: {e.strerror}") from e
+    stack.callback(os.close, fd)
+    target = Target(path, fd, False)
+    if not target.is_device:
+        refuse_used_file(fd, shown)
+    with explain(f"cannot examine {shown}"):
+        room = os.lseek(fd, 0, os.SEEK_END)
+    if target.is_device and room < size:
+        raise BackyError(f"{shown} is too small: it has {room} bytes, the image {size}")
+    return target
+
+
+def refuse_revision(repository: Repository, path: str) -> None:
+    """A restore must never write into a repository, ours or another."""
+    real = os.path.realpath(path)
+    parent = os.path.dirname(real)
+    with suppress(OSError):
+        ours = os.path.samestat(os.stat(parent), os.fstat(repository.dir_fd))
+        if ours or os.path.lexists(f"{real}.rev"):
+            raise BackyError(f"{printable(path)} belongs to a repository and is never overwritten")
+
+
+def refuse_used_file(fd: int, shown: str) -> None:
+    """Raise Busy when somebody holds a lock on the file or has made a loop device of it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # qemu locks its images in this way
+        used = not take_lock(fd)
+    except OSError as e:
+        used = e.errno in (errno.EAGAIN, errno.EACCES)
+    status = os.fstat(fd)
+    with suppress(OSError):
+        for name in os.listdir("/sys/block"):
+            backing = f"/sys/block/{name}/loop/backing_file"
+            with suppress(OSError), open(
+                backing, encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                used = used or os.path.samestat(os.stat(file.read().rstrip("\n")), status)
+    if used:
+        raise Busy(f"{shown} is in use: it is locked or has a loop device")
+
+
+def restore_revision(repository: Repository, revision: Revision, path: str, force: bool) -> None:
+    """Bring the image to the file or device at `path`, and to the medium, before this returns."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        image = CheckedImage(repository, revision, stack)
+        target = open_target(repository, path, image.size, force, stack)
+        announce(repository, image)
+        shared = target.is_new and shares_extents(image.fd, target.fd)
+        writer = Writer(target.fd, image.size, can_punch=not target.is_device)
+        shown = printable(path)
+        with explain(f"cannot write {shown}"):
+            if not shared and not target.is_device and os.fstat(target.fd).st_size != image.size:
+                os.ftruncate(target.fd, image.size)
+        old_fd = (
+            os.open(f"/proc/self/fd/{target.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            if not target.is_new
+            else -1
+        )
+        if old_fd >= 0:
+            stack.callback(os.close, old_fd)
+        old = Reader(old_fd, image.size, old_fd >= 0 and not is_cached(old_fd, image.size))
+
+        def unit(offset: int, buffers: Buffers) -> None:
+            progress.reach(offset)
+            length = min(UNIT, image.size - offset)
+            image.read(buffers.new, offset, length)
+            if shared:
+                return
+            if not target.is_new:
+                old.read(buffers.old, offset, length)
+            with explain(f"cannot write {shown} at offset {offset}"):
+                writer.update(
+                    buffers.new, offset, differing_runs(buffers, length, fresh=target.is_new)
+                )
+
+        with Progress(f"{repository.name} (restoring)", image.size) as progress:
+            theirs = [] if target.is_new else old.extents()
+            with explain(f"{repository.name}: restore"):
+                work_through(image.offsets(theirs), unit, progress.tick, workers_for(image.size))
+        with explain(f"cannot write {shown} to the medium"):
+            sync(target.fd)
+            drop_cache(target.fd)
+            if target.is_new:
+                sync_parent(path)
+    written = "extents shared" if shared else f"{format_size(writer.bytes_written)} written"
+    log.info(
+        "%s: restored %s to %s: %s, %s, in %.1f s",
+        repository.name,
+        revision.id,
+        shown,
+        format_size(image.size),
+        written,
+        time.monotonic() - started,
+    )
+    confess(repository, image)
+
+
+def shares_extents(image_fd: int, target_fd: int) -> bool:
+    try:
+        clone_file(image_fd, target_fd)
+    except (CloneUnsupported, OSError):
+        return False
+    return os.fstat(target_fd).st_size == os.fstat(image_fd).st_size
+
+
+def sync_parent(path: str) -> None:
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def announce(repository: Repository, image: CheckedImage) -> None:
+    revision = image.revision
+    log.info("%s: restoring %s [%s]", repository.name, revision, printable(",".join(revision.tags)))
+    if revision.trust is Trust.DISTRUSTED:
+        log.warning("%s: %s is distrusted", repository.name, revision.id)
+    if image.sums is None:
+        log.warning("%s: %s cannot be checked: %s", repository.name, revision.id, image.unchecked)
+
+
+def confess(repository: Repository, image: CheckedImage) -> None:
+    """Raise Distrusted with the byte ranges that are not what they should be."""
+    damaged = image.damage()
+    if damaged:
+        for line in describe_ranges(damaged):
+            log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
+        raise Distrusted(
+            f"{repository.name}: {sum(length for _, length in damaged)} bytes of "
+            f"{image.revision.id} are not what was backed up; all else is restored",
+            "the same bytes may be sound in another revision: backy status, restore -r",
+        )
+
+
+def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None:
+    """Write the image, and nothing else, to `fd`."""
+    with ExitStack() as stack:
+        image = CheckedImage(repository, revision, stack)
+        announce(repository, image)
+        buffers, zeros = Buffers(), memoryview(ZEROS)
+        wanted, position = image.offsets(), 0
+        with Progress(f"{repository.name} (restoring)", image.size) as progress:
+            for offset in wanted:
+                while position < offset:
+                    position += write_some(fd, zeros[: offset - position])
+                length = min(UNIT, image.size - offset)
+                image.read(buffers.new, offset, length)
+                while position < offset + length:
+                    position += write_some(fd, buffers.new[position - offset : length])
+                progress.reach(position)
+                progress.tick()
+            while position < image.size:
+                position += write_some(fd, zeros[: image.size - position])
+        confess(repository, image)
+
+
+def write_some(fd: int, view: memoryview) -> int:
+    try:
+        return os.write(fd, view)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise BackyError(f"cannot write to standard output: {e.strerror}") from e
+
+
+# ==== Selftest ===============================================================
+#
+# The main job, start to end, on a small disk with a real FAT16 file system, in a
+# temporary directory.  What it prints it has seen.
+
+
+def fat_disk(fd: int, size: int, files: dict[str, bytes]) -> None:
+    """Write a FAT16 file system with `files` (names in 8.3, 11 characters) to the file `fd`.
+
+    See Microsoft's FAT specification of 2005; what holds nothing stays a hole.
+    """
+    sector, per_cluster, root_entries = 512, 4, 512
+    cluster = sector * per_cluster
+    sectors = size // sector
+    table_sectors = -(-(sectors // per_cluster + 2) * 2 // sector)
+    boot = struct.pack(
+        "<3s8sHBHBHHBHHHIIBBBI11s8s",
+        *(b"\xeb\x3c\x90", b"BACKY   ", sector, per_cluster, 1, 2, root_entries),
+        *(sectors if sectors < 65536 else 0, 0xF8, table_sectors, 32, 64, 0),
+        *(0 if sectors < 65536 else sectors, 0x80, 0, 0x29, 0xBAC4, b"SELFTEST   ", b"FAT16   "),
+    )
+    table, entries, next_cluster = [0xFFF8, 0xFFFF], b"", 2
+    root = (1 + 2 * table_sectors) * sector
+    first = root + root_entries * 32
+    for name, content in files.items():
+        count = -(-len(content) // cluster)
+        entries += struct.pack("<11sB14xHI", name.encode(), 0x20, next_cluster, len(content))
+        table += [*range(next_cluster + 1, next_cluster + count), 0xFFFF]
+        write_all(fd, content, first + (next_cluster - 2) * cluster)
+        next_cluster += count
+    packed = struct.pack(f"<{len(table)}H", *table)
+    os.ftruncate(fd, size)
+    write_all(fd, boot.ljust(510, b"\0") + b"\x55\xaa", 0)
+    write_all(fd, packed, sector)
+    write_all(fd, packed, (1 + table_sectors) * sector)
+    write_all(fd, entries, root)
+
+
+def selftest_noise(seed: int, size: int) -> bytes:
+    """The same bytes every time, and nothing that compresses."""
+    pieces = [hashlib.sha512(struct.pack("<II", seed, at)).digest() for at in range(size // 64)]
+    return b"".join(pieces)
+
+
+def file_system_of(path: str) -> str:
+    """The type of the file system that `path` is on, `unknown` where /proc is missing."""
+    device, found = os.stat(path).st_dev, "unknown"
+    with suppress(OSError), open(
+        "/proc/self/mountinfo", encoding="utf-8", errors="replace"
+    ) as file:
+        real = os.path.realpath(path)
+        best = -1
+        for line in file:
+            before, _, after = line.partition(" - ")
+            words = before.split()
+            point = words[4].replace("\\040", " ")
+            exact = words[2] == f"{os.major(device)}:{os.minor(device)}"
+            inside = real == point or real.startswith(point.rstrip("/") + "/")
+            if inside and (exact, len(point)) > (False, best):
+                best, found = len(point), after.split()[0]
+    return found
+
+
+def probe_file_system(directory: str) -> dict[str, bool]:
+    """What backups in `directory` can count on, tried with two small files there."""
+    with ExitStack() as stack:
+        dir_fd = open_directory(directory)
+        stack.callback(os.close, dir_fd)
+        fds = []
+        for name in ("probe-a", "probe-b"):
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=dir_fd)
+            stack.callback(os.close, fd)
+            stack.callback(os.unlink, name, dir_fd=dir_fd)
+            fds.append(fd)
+        write_all(fds[0], b"\1" * (2 * BLOCK), 0)
+        sync(fds[0])
+        try:
+            clone_file(fds[0], fds[1])
+            clones = True
+        except CloneUnsupported:
+            clones = False
+        punches = punch_hole(fds[0], 0, BLOCK)
+        holes = next(data_extents(fds[0], 0, 2 * BLOCK), (0, 0))[0] == BLOCK
+        direct = bypass_cache(fds[0])
+    return {
+        "share extents between revisions": clones,
+        "free the space of zeros": punches,
+        "tell holes from data": holes,
+        "read past the page cache": direct,
+    }
+
+
+class Selftest:
+    """Make a disk, back it up, change it, back it up, verify, damage, restore, compare."""
+
+    SIZE = 64 * MiB
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.disk, self.job = os.path.join(directory, "disk.img"), os.path.join(directory, "disk")
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        kind = file_system_of(self.directory)
+        output(f"backy {__version__} selftest in {printable(self.directory)} ({kind})\n\n")
+        abilities = probe_file_system(self.directory)
+        for ability, there in abilities.items():
+            output(f"  {'can' if there else 'cannot':6} {ability}\n")
+        output("\n")
+        files = {f"NOISE{n}  BIN": selftest_noise(n, 4 * MiB) for n in range(4)}
+        files["ZEROS   BIN"] = bytes(4 * MiB)
+        files["WORDS   TXT"] = b"The quick brown fox jumps over the lazy dog.\r\n" * 90000
+        first = self.write_disk(files)
+        self.step("made a disk with a FAT16 file system", self.SIZE)
+        initialise(self.job, "file", self.disk)
+        one = self.back_up("manual:first")
+        self.step("first backup, read back from the medium", self.SIZE, one.bytes_written)
+        files["NOISE1  BIN"] = files["NOISE1  BIN"][: 2 * MiB] + selftest_noise(9, 2 * MiB)
+        files["NEW     TXT"] = b"changed\r\n"
+        second = self.write_disk(files)
+        two = self.back_up("manual:second")
+        self.step("changed 2.00 MiB, second backup", self.SIZE, two.bytes_written)
+        if abilities["share extents between revisions"] and two.bytes_written > 3 * MiB:
+            raise BackyError("selftest: the second backup wrote more than what changed")
+        for revision in (one, two):
+            self.verify(self.job, revision.id, damaged=False)
+        self.step("verified both against their digests", 2 * self.SIZE)
+        at = self.damage_copy(two.id)
+        self.step(f"flipped one bit at {at} of a copy: found, named, distrusted")
+        target = os.path.join(self.directory, "restored.img")
+        for revision, digest in ((one, first), (two, second)):
+            with Repository.open(self.job) as repository:
+                restore_revision(repository, repository.find(revision.id), target, force=True)
+            self.compare(target, digest)
+        self.compare(os.path.join(self.job, "last"), second)
+        self.step(
+            "restored both, equal byte for byte; so is `last`, read without backy", 2 * self.SIZE
+        )
+        elapsed = time.monotonic() - self.started
+        output(
+            f"\nproven: backup, change, verification, damage found, restore, in {elapsed:.1f} s\n"
+        )
+        if not abilities["share extents between revisions"]:
+            output(
+                f"on this file system ({kind}) every revision takes the space of a full copy;\n"
+                "keep backups on btrfs, or on XFS made with reflink=1\n"
+            )
+
+    def step(self, text: str, size: int | None = None, written: int | None = None) -> None:
+        now = time.monotonic()
+        line = f"  ok     {text}"
+        if size is not None:
+            elapsed = (
+                max(now - self.last_step, 0.001)
+                if hasattr(self, "last_step")
+                else now - self.started
+            )
+            line += f": {format_size(size)}"
+            if written is not None:
+                line += f", {format_size(written)} written"
+            line += f", {elapsed:.2f} s, {format_size(int(size / max(elapsed, 0.001)))}/s"
+        output(line + "\n")
+        self.last_step = time.monotonic()
+
+    def write_disk(self, files: dict[str, bytes]) -> str:
+        fd = os.open(self.disk, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fat_disk(fd, self.SIZE, files)
+            sync(fd)
+        finally:
+            os.close(fd)
+        return self.digest(self.disk)
+
+    @staticmethod
+    def digest(path: str) -> str:
+        result = hashlib.sha256()
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(MiB), b""):
+                result.update(piece)
+        return result.hexdigest()
+
+    def compare(self, path: str, digest: str) -> None:
+        if self.digest(path) != digest:
+            raise Distrusted(f"selftest: {os.path.basename(path)} is not what was backed up")
+
+    def back_up(self, tags: str) -> Revision:
+        with Repository.open(self.job) as repository, repository.job_lock("selftest"):
+            return Backup(repository, load_job(repository), parse_tags(tags)).run()
+
+    def verify(self, job: str, name: str, damaged: bool) -> Revision:
+        with Repository.open(job) as repository:
+            revision, _ = verify_revision(repository, repository.find(name))
+        if (revision.trust is Trust.DISTRUSTED) != damaged:
+            raise Distrusted(f"selftest: {name} was {'not ' if damaged else ''}found damaged")
+        return revision
+
+    def damage_copy(self, name: str) -> int:
+        """Flip one bit in a copy of the job; verification must name the block it is in."""
+        copy, at = os.path.join(self.directory, "copy"), 3 * MiB + 12345
+        shutil.copytree(self.job, copy, symlinks=True)
+        path = os.path.join(copy, name)
+        os.chmod(path, 0o600)
+        with open(path, "r+b") as file:
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
+            file.flush()
+            sync(file.fileno())
+        found = self.verify(copy, name, damaged=True).damaged
+        if found != ((at - at % BLOCK, BLOCK),):
+            raise Distrusted(f"selftest: damage at {at} was reported as {found}")
+        return at
+
+
+# ==== Command line ===========================================================
+#
+# Each command stands with its arguments and its help.  -b, -l and -v may stand
+# before the command or behind it.
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb: what it does, what it takes, and examples for its help."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+    examples: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
+
+
+def command(
+    *arguments: tuple[tuple[str, ...], dict[str, Any]], examples: str = ""
+) -> Callable[
+    [Callable[[argparse.Namespace], int | None]], Callable[[argparse.Namespace], int | None]
+]:
+    """Register a function as the command of its name; its docstring is the help."""
+
+    def register(
+        run: Callable[[argparse.Namespace], int | None],
+    ) -> Callable[[argparse.Namespace], int | None]:
+        COMMANDS[run.__name__] = Command(run, arguments, examples)
+        return run
+
+    return register
+
+
+SPEC_HELP = (
+    "number (0 is the newest), last, id or its beginning, tag, or ISO date or time (default: last)"
+)
+REVISION = argument("-r", "--revision", metavar="SPEC", default="last", help=SPEC_HELP)
+ONE_REVISION = argument("-r", "--revision", metavar="SPEC", required=True, help=SPEC_HELP)
+FORCE = argument("-f", "--force", action="store_true", help="do it without asking")
+JSON = argument("--json", action="store_true", help="print JSON")
+
+
+def output_json(**values: Any) -> None:
+    output(json.dumps({"version": 1, **values}, indent=2) + "\n")
+
+
+def revision_json(revision: Revision) -> dict[str, Any]:
+    return {
+        "id": revision.id,
+        "timestamp": format_time_json(revision.timestamp),
+        "tags": list(revision.tags),
+        "parent": revision.parent,
+        "complete": revision.is_complete,
+        "size": revision.size,
+        "bytes_written": revision.bytes_written,
+        "duration": revision.duration,
+        "trust": revision.trust.value,
+        "verified": format_time_json(revision.verified),
+        "protected": revision.protected,
+        "damaged": [{"offset": offset, "length": length} for offset, length in revision.damaged],
+        "problem": revision.problem or None,
+    }
+
+
+@command(
+    argument("type", metavar="TYPE", help="kind of source: file"),
+    argument("source", metavar="SOURCE", help="the image file or block device"),
+    examples="backy -b /srv/backy/vm1 init file /var/lib/libvirt/images/vm1.img",
+)
+def init(args: argparse.Namespace) -> None:
+    """Make a job directory for an image."""
+    initialise(args.directory, args.type, args.source)
+
+
+def parse_wait(text: str) -> float:
+    if text == "forever":
+        return math.inf
+    try:
+        return parse_duration(text).total_seconds()
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+@command(
+    argument("tags", metavar="TAGS", help="why this revision is kept: names, joined by commas"),
+    argument(
+        "--verify", choices=[mode.value for mode in VerifyMode], help="overrules the job's config"
+    ),
+    argument(
+        "--wait",
+        metavar="TIME",
+        type=parse_wait,
+        default=0,
+        help="wait for the lock, --wait or --wait=10m",
+    ),
+    examples="backy -b /srv/backy/vm1 backup manual:before-upgrade",
+)
+def backup(args: argparse.Namespace) -> None:
+    """Make a new revision."""
+    tags = parse_tags(args.tags)
+    with Repository.open(args.directory) as repository:
+        job = load_job(repository)
+        if args.verify:
+            job = replace(job, verify=VerifyMode(args.verify))
+        with repository.job_lock("backup", args.wait):
+            Backup(repository, job, tags).run()
+
+
+@command(JSON, examples="backy -b /srv/backy/vm1 status -v")
+def status(args: argparse.Namespace) -> None:
+    """List the revisions, oldest first."""
+    with Repository.open(args.directory) as repository:
+        revisions = repository.revisions
+        if args.json:
+            problems = [{"file": name, "problem": what} for name, what in repository.problems]
+            listing = [revision_json(revision) for revision in revisions]
+            output_json(job=repository.name, revisions=listing, problems=problems)
+            return
+    columns = ["Date (UTC)", "ID", "Size", "Durat", "Tags"]
+    rows = [status_row(revision) for revision in revisions]
+    if args.verbose:
+        columns += ["Trust", "Verified (UTC)", "Protected"]
+        for row, revision in zip(rows, revisions):
+            verified = format_time(revision.verified) if revision.verified else "-"
+            row += [revision.trust.value, verified, "yes" if revision.protected else "-"]
+    output(format_table(columns, rows, right=("Size", "Durat")))
+    total = format_size(sum(revision.bytes_written for revision in revisions))
+    output(f"{len(revisions)} revisions containing {total} data (estimated)\n")
+
+
+def status_row(revision: Revision) -> list[str]:
+    tags = printable(",".join(revision.tags))
+    if not revision.is_complete:
+        tags = f"{tags} (incomplete)".strip()
+    elif revision.problem:
+        tags = f"{tags} (no image)".strip()
+    durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
+    size = format_size(revision.bytes_written)
+    return [format_time(revision.timestamp), revision.id, size, durat, tags]
+
+
+@command(
+    REVISION, JSON, examples="dd if=$(backy -b /srv/backy/vm1 find -r daily) of=/dev/vg/vm1 bs=4M"
+)
+def find(args: argparse.Namespace) -> None:
+    """Print the path of a revision's image."""
+    with Repository.open(args.directory) as repository:
+        revision = repository.find(args.revision)
+        if revision.problem:
+            raise NotFound(f"{repository.name}: {revision.id}: {revision.problem}")
+        path = os.path.join(os.path.realpath(args.directory), revision.id)
+        if not os.path.exists(path):
+            raise NotFound(f"{repository.name}: {revision.id} has no image")
+    if args.json:
+        output_json(path=path, revision=revision_json(revision))
+    else:
+        output(path + "\n")
+
+
+@command(
+    REVISION,
+    argument("target", metavar="TARGET", help="file or block device, or - for standard output"),
+    argument(
+        "-f", "--force", action="store_true", help="overwrite an existing file or a block device"
+    ),
+    examples=(
+        "backy -b /srv/backy/vm1 restore vm1.img\n"
+        "backy -b /srv/backy/vm1 restore --force /dev/vg/vm1\n"
+        "backy -b /srv/backy/vm1 restore -r 2026-11-05 - | rbd import - rbd/vm1"
+    ),
+)
+def restore(args: argparse.Namespace) -> None:
+    """Write a revision back to TARGET."""
+    to_pipe = args.target == "-"
+    if to_pipe and os.isatty(1):
+        raise BackyError("an image is not written to a terminal", "redirect it, or name a file")
+    with Repository.open(args.directory) as repository:
+        revision = repository.find(args.revision)
+        if not revision.is_complete:
+            log.warning("%s: %s is incomplete", repository.name, revision.id)
+        if to_pipe:
+            restore_to_pipe(repository, revision, 1)
+        else:
+            restore_revision(repository, revision, args.target, args.force)
+
+
+@command(REVISION, JSON, examples="backy -b /srv/backy/vm1 verify -r 0")
+def verify(args: argparse.Namespace) -> None:
+    """Read a revision from the disk and hold it against its digests."""
+    started = time.monotonic()
+    with Repository.open(args.directory) as repository:
+        revision, read = verify_revision(repository, repository.find(args.revision))
+    damaged = sum(length for _, length in revision.damaged)
+    if args.json:
+        output_json(revisions=[{**revision_json(revision), "bytes_read": read}])
+    elif damaged:
+        for line in describe_ranges(revision.damaged):
+            output(f"{revision.id}: damaged: {line}\n")
+    else:
+        seconds = time.monotonic() - started
+        output(f"{revision.id}: sound: {format_size(read)} read in {seconds:.1f} s\n")
+    if damaged:
+        raise Distrusted(
+            f"{repository.name}: {revision.id} is damaged in {damaged} bytes and is now distrusted",
+            "restore still works and lists what is lost; the next backup does not build on it",
+        )
+
+
+def set_protection(args: argparse.Namespace, protected: bool) -> None:
+    with Repository.open(args.directory) as repository, repository.metadata_lock():
+        revision = repository.find(args.revision)
+        if not revision.is_complete:
+            raise BackyError(f"{repository.name}: {revision.id} is incomplete")
+        if revision.protected != protected:
+            repository.change(revision, protected=protected)
+        word = "protected" if protected else "not protected"
+        log.info("%s: %s is %s", repository.name, revision.id, word)
+
+
+@command(REVISION, examples="backy -b /srv/backy/vm1 protect -r manual:before-upgrade")
+def protect(args: argparse.Namespace) -> None:
+    """Keep a revision whatever expires."""
+    set_protection(args, True)
+
+
+@command(REVISION)
+def unprotect(args: argparse.Namespace) -> None:
+    """Let a revision expire again."""
+    set_protection(args, False)
+
+
+@command(ONE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
+def forget(args: argparse.Namespace) -> None:
+    """Delete a revision."""
+    with Repository.open(args.directory) as repository:
+        revision = repository.find(args.revision)
+        may_forget(repository, revision)
+        if not args.force:
+            confirm(
+                f"delete {revision} [{printable(','.join(revision.tags))}] of {repository.name}?"
+            )
+        with ExitStack() as stack:
+            if not revision.is_complete:  # perhaps it is just being made
+                stack.enter_context(repository.job_lock("forget"))
+            stack.enter_context(repository.metadata_lock())
+            revision = repository.find(revision.id)
+            may_forget(repository, revision)
+            repository.remove(revision)
+        log.info("%s: %s is deleted", repository.name, revision.id)
+
+
+def may_forget(repository: Repository, revision: Revision) -> None:
+    """Raise BackyError for what must stay, also with --force."""
+    if revision.protected:
+        raise BackyError(f"{repository.name}: {revision.id} is protected", "backy unprotect first")
+    if not revision.is_complete or revision.problem:
+        return
+    good = [one for one in repository.complete if one.is_good and one.id != revision.id]
+    if not good:
+        raise BackyError(
+            f"{repository.name}: {revision.id} is the only good revision",
+            "make another backup first",
+        )
+    if repository.problems:
+        names = ", ".join(name for name, _ in repository.problems)
+        log.warning("%s: unreadable and left alone: %s", repository.name, printable(names))
+
+
+def confirm(question: str) -> None:
+    """Ask on the terminal; raises BackyError for anything but yes."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise BackyError("nobody to ask", "use --force")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise BackyError("nothing was deleted")
+
+
+@command(
+    argument("place", metavar="DIR", nargs="?", help="where to make the temporary directory"),
+    examples="backy selftest /srv/backy",
+)
+def selftest(args: argparse.Namespace) -> None:
+    """Show that backup, verification and restore work here."""
+    import tempfile
+
+    try:
+        directory = tempfile.mkdtemp(prefix="backy-selftest-", dir=args.place)
+    except OSError as e:
+        raise BackyError(
+            f"cannot make a temporary directory: {e.strerror}", "name one: selftest DIR"
+        ) from e
+    try:
+        log.setLevel(logging.ERROR)
+        Selftest(os.path.realpath(directory)).run()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@command(argument("topic", metavar="COMMAND", nargs="?", help="the command to explain"))
+def help(args: argparse.Namespace) -> None:
+    """Explain a command, or list them."""
+    parser, parsers = make_parser()
+    if args.topic and args.topic not in parsers:
+        raise BackyError(f"no command {printable(args.topic)!r}{suggestion(args.topic, parsers)}")
+    output((parsers[args.topic] if args.topic else parser).format_help())
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Usage errors have status 1, and say what was meant."""
+
+    def error(self, message: str) -> Any:
+        match = re.search(r"invalid choice: '([^']*)' \(choose from", message)
+        if match:
+            alike = suggestion(match[1], COMMANDS) if "COMMAND" in message else ""
+            message = f"{message.partition(':')[0]}: no {match[1]!r}{alike}"
+        sys.stderr.write(f"{self.format_usage()}backy: {printable(message)}\n")
+        raise SystemExit(1)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            output(message)
+
+
+def add_common_options(parser: argparse.ArgumentParser, default: Any) -> None:
+    """Before the command they have a value; behind it they only override it."""
+
+    def value(one: object) -> Any:
+        return default or one
+
+    parser.add_argument(
+        *("-b", "--backupdir"),
+        dest="directory",
+        metavar="DIR",
+        default=value("."),
+        help="the job's directory (default: .)",
+    )
+    parser.add_argument(
+        *("-l", "--logfile"),
+        metavar="FILE",
+        default=default,
+        help="log to FILE instead of standard error",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=value(False), help="say more"
+    )
+
+
+def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
+    parser = CommandParser(
+        prog="backy",
+        allow_abbrev=False,
+        description="Keep versions of virtual machine images on a copy-on-write file system.",
+        epilog="backy help COMMAND explains a command.",
+    )
+    add_common_options(parser, None)
+    parser.add_argument("--version", action="version", version=f"backy {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parsers = {}
+    for name, one in COMMANDS.items():
+        parsers[name] = commands.add_parser(
+            name,
+            help=one.run.__doc__,
+            description=one.run.__doc__,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
+        )
+        add_common_options(parsers[name], argparse.SUPPRESS)
+        for names, options in one.arguments:
+            parsers[name].add_argument(*names, **options)
+    return parser, parsers
+
+
+def indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+def repair_descriptors() -> None:
+    """Let no file of ours become descriptor 0, 1 or 2 because one of them was closed."""
+    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(
+                "/dev/null", flags
+            )  # the lowest free number; results to 1 will fail, as they should
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def same_file(path: str | int, fd: int) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
+
+
+def choose_log(args: argparse.Namespace) -> None:
+    """Start the log, but never into the stream that carries an image."""
+    path, quiet = args.logfile, False
+    if args.command == "restore" and args.target == "-":
+        quiet = same_file(2, 1)
+        if path and same_file(path, 1):
+            path = None
+    start_log(path, args.verbose, quiet)
+
+
+def raise_stopped(number: int, _: object) -> None:
+    raise Stopped(number)
+
+
+def catch_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, raise_stopped)
+    signal.signal(signal.SIGUSR1, report_progress)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run what was asked for; all that can go wrong becomes a line and a status."""
+    try:
+        return COMMANDS[args.command].run(args) or 0
+    except BackyError as e:
+        log.error("%s", e)
+        if e.hint:
+            log.error("hint: %s", e.hint)
+        return e.status
+    except BrokenPipeError:
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 128 + signal.SIGINT
+    except Stopped as e:
+        log.error("%s", e)
+        return e.status
+    except MemoryError:
+        log.error("out of memory")
+        return 1
+    except OSError as e:
+        where = f"{printable(e.filename)}: " if e.filename is not None else ""
+        log.error("%s%s", where, e.strerror or e, exc_info=args.verbose)
+        return 1
+
+
+def main(argv: ListLike[str] | None = None) -> int:
+    """Run backy with `argv`; the exit status."""
+    repair_descriptors()
+    os.umask(0o077)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = ["--wait=forever" if word == "--wait" else word for word in words]
+    parser, _ = make_parser()
+    try:
+        args = parser.parse_args(words)
+        if not args.command:
+            output(parser.format_help())
+            return 0
+    except BackyError as e:
+        sys.stderr.write(f"backy: {e}\n")
+        return e.status
+    except BrokenPipeError:
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    catch_signals()
+    choose_log(args)
+    if args.logfile:
+        log.info("$ %s", printable(" ".join(["backy", *words])))
+    status = run_command(args)
+    if args.logfile:
+        log.info("Backy operation %s.", "failed" if status else "complete")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The real thing for each test: fresh directories on XFS and btrfs, block devices, the program.
+
+What the host cannot give is skipped with its reason; with CI set it is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import backy
+
+PROGRAM = Path(backy.__file__).resolve()
+MiB = 1024 * 1024
+
+
+def need(condition: object, reason: str) -> None:
+    """Skip the test unless `condition`; where CI is set, everything is expected to be there."""
+    if not condition:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def need_tool(name: str) -> None:
+    need(shutil.which(name), f"no {name} on this host")
+
+
+def need_root() -> None:
+    need(os.geteuid() == 0, "needs root")
+
+
+def command(*words: object, **options) -> subprocess.CompletedProcess:
+    """Run another program; its failure fails the test with its own words."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{words}: {done.stderr or done.stdout}"
+    return done
+
+
+# -- file systems -------------------------------------------------------------
+
+MKFS = {
+    "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+    "ext4": ["mkfs.ext4", "-q"],
+}
+
+
+class FileSystem:
+    """A file system of its own in a sparse file, mounted by a loop device."""
+
+    def __init__(self, kind: str, size: int = 2048 * MiB) -> None:
+        need_root()
+        need_tool(MKFS[kind][0])
+        self.kind = kind
+        self.top = Path(tempfile.mkdtemp(prefix=f"backy-test-{kind}-", dir=scratch()))
+        self.disk, self.path = self.top / "disk", self.top / "mnt"
+        self.path.mkdir()
+        with open(self.disk, "wb") as file:
+            file.truncate(size)
+        command(*MKFS[kind], self.disk)
+        self.mount()
+
+    def mount(self, *options: str) -> None:
+        command("mount", "-o", ",".join(("loop", *options)), self.disk, self.path)
+
+    def unmount(self) -> None:
+        command("umount", self.path)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            if os.path.ismount(self.path):
+                subprocess.run(["umount", "-l", str(self.path)], check=False)
+        shutil.rmtree(self.top, ignore_errors=True)
+
+    def used(self) -> int:
+        """Bytes in use, once everything has reached the disk."""
+        command("sync", "-f", self.path)
+        status = os.statvfs(self.path)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def scratch() -> str:
+    """Where disks of file systems are put: memory is several times faster."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
+@pytest.fixture(scope="session")
+def _file_systems():
+    mounted: dict[str, FileSystem] = {}
+    yield mounted
+    for one in mounted.values():
+        one.close()
+
+
+def fresh_directory(mounted: dict, kind: str):
+    if kind not in mounted:
+        mounted[kind] = FileSystem(kind)
+    path = Path(tempfile.mkdtemp(dir=mounted[kind].path))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def xfs(_file_systems):
+    """An empty directory on XFS with reflinks."""
+    yield from fresh_directory(_file_systems, "xfs")
+
+
+@pytest.fixture
+def btrfs(_file_systems):
+    """An empty directory on btrfs."""
+    yield from fresh_directory(_file_systems, "btrfs")
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def cow(request, _file_systems):
+    """An empty directory on a file system that shares extents; the test runs on each kind."""
+    yield from fresh_directory(_file_systems, request.param)
+
+
+@pytest.fixture
+def ext4(_file_systems):
+    """An empty directory on a file system that cannot share extents."""
+    yield from fresh_directory(_file_systems, "ext4")
+
+
+@pytest.fixture
+def new_file_system():
+    """A function that makes and mounts a file system which is this test's own."""
+    made: list[FileSystem] = []
+
+    def make(kind: str, size: int = 2048 * MiB) -> FileSystem:
+        made.append(FileSystem(kind, size))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def block_device(tmp_path):
+    """A function that makes a loop device of `size` bytes; all are detached at the end."""
+    need_root()
+    need_tool("losetup")
+    devices: list[str] = []
+
+    def make(size: int, *options: str) -> str:
+        path = tmp_path / f"device-{len(devices)}"
+        with open(path, "wb") as file:
+            file.truncate(size)
+        done = command("losetup", "--find", "--show", *options, path)
+        devices.append(done.stdout.strip())
+        return devices[-1]
+
+    yield make
+    for device in devices:
+        subprocess.run(["losetup", "--detach", device], check=False)
+
+
+# -- the program --------------------------------------------------------------
+
+
+class Result:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    def __repr__(self) -> str:
+        return f"status {self.status}\n--- stdout\n{self.out}--- stderr\n{self.err}"
+
+
+@pytest.fixture
+def run(capfd):
+    """A function that runs backy inside this process: run("-b", job, "status")."""
+    umask = os.umask(0o022)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def call(*words: object) -> Result:
+        capfd.readouterr()
+        try:
+            status = backy.main([str(word) for word in words])
+        except SystemExit as e:
+            status = e.code
+        out, err = capfd.readouterr()
+        return Result(status, out, err)
+
+    yield call
+    os.umask(umask)
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+    logging.getLogger("backy").handlers.clear()
+
+
+def backy_process(*words: object, python: str = sys.executable, **options):
+    """Run backy as a process of its own; its CompletedProcess, with text unless told otherwise."""
+    options = {"capture_output": True, "text": True, **options}
+    return subprocess.run([python, str(PROGRAM), *map(str, words)], check=False, **options)
+
+
+# -- images -------------------------------------------------------------------
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, "little") if size else b""
+
+
+def write_image(path: Path, *pieces: tuple[int, bytes], size: int | None = None) -> Path:
+    """Write `pieces` (offset, bytes) to a sparse image, which keeps what it has elsewhere."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if size is not None:
+            os.ftruncate(fd, size)
+        for offset, data in pieces:
+            os.pwrite(fd, data, offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An image of 3 MiB and a bit: noise, text, a hole, zeros, an odd tail."""
+    size = 3 * MiB + 12345
+    return write_image(
+        tmp_path / "source.img",
+        (0, noise(MiB, 1)),
+        (MiB, b"words " * 50000),
+        (2 * MiB + 4096, bytes(65536)),
+        (3 * MiB, noise(12345, 2)),
+        size=size,
+    )
+
+
+@pytest.fixture
+def job(cow, source, run):
+    """A job directory for `source`, without a revision, on XFS and on btrfs."""
+    assert run("-b", cow / "job", "init", "file", source).status == 0
+    return cow / "job"
+
+
+def revisions(job: Path) -> list[backy.Revision]:
+    with backy.Repository.open(str(job)) as repository:
+        return repository.revisions
+
+
+def shared_bytes(path: Path) -> int:
+    """How many bytes of the file lie in extents that another file has too (FIEMAP)."""
+    lines = command("filefrag", "-v", "-b1", path).stdout.splitlines()
+    return sum(int(line.split(":")[3]) for line in lines if "shared" in line and ".." in line)
+
+
+def allocated_bytes(path: Path) -> int:
+    return path.stat().st_blocks * 512
