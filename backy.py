@@ -1429,7 +1429,10 @@ class Reader:
         view[filled:length] = ZEROS[: length - filled]
 
     def salvage(self, view: memoryview, offset: int, length: int) -> list[int]:
-        """Like read(), page by page: what cannot be read is zeros, and its offset returned."""
+        """Like read(), but what cannot be read is zeros; the offsets of these pages."""
+        with suppress(OSError, EOFError):
+            self.read(view, offset, length)
+            return []
         lost = []
         for at in range(0, length, PAGE):
             try:
@@ -1721,11 +1724,13 @@ def decode_revision(data: bytes, name: str) -> Revision:
     known = {key: resolve(stats.pop(key)) for key in ("bytes_written", "duration") if key in stats}
     tags = root.entries["tags"][1] if "tags" in taken else None
     timestamp = decode_timestamp(taken["timestamp"])
-    verified, clock = taken.get("verified"), taken.get("clock")
+    verified, clock = taken.get("verified"), taken.get("clock", epoch_microseconds(timestamp))
+    if not isinstance(clock, int) or not -(1 << 63) < clock < 1 << 63:
+        raise ValueError("its clock is no time")
     return Revision(
         id=name,
         timestamp=timestamp,
-        clock=clock if isinstance(clock, int) else epoch_microseconds(timestamp),
+        clock=clock,
         tags=tuple(sorted({tag.text for tag in tags.items if isinstance(tag, Scalar)}))
         if isinstance(tags, Sequence)
         else (),
@@ -1850,6 +1855,15 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(joined)
 
 
+def describe_ranges(ranges: ListLike[tuple[int, int]]) -> list[str]:
+    lines = [
+        f"bytes {offset} to {offset + length - 1} ({length})" for offset, length in ranges[:100]
+    ]
+    if len(ranges) > 100:
+        lines.append(f"and {len(ranges) - 100} more ranges")
+    return lines
+
+
 # ==== Repository =============================================================
 #
 # The directory with all revisions of one job, held open; every name is resolved
@@ -1929,7 +1943,7 @@ class Repository:
             revision = decode_revision(read_small(self.dir_fd, f"{name}.rev"), name)
         except FileNotFoundError:
             return  # removed since the directory was listed
-        except (ValueError, OSError) as e:
+        except (ValueError, ArithmeticError, OSError) as e:
             if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise BackyError(f"{self.name}: cannot read {name}.rev: {e.strerror}") from e
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
@@ -2066,7 +2080,7 @@ class Repository:
             raise
         return fd, sums
 
-    # -- changing; all of it under metadata_lock() ------------------------------
+    # -- changing; under metadata_lock(), but for a new revision of one's own ----
 
     def write_revision(self, revision: Revision) -> None:
         """Put the metadata on the medium: the old or the new, whatever happens."""
@@ -2150,7 +2164,7 @@ class Repository:
     def sweep_tombstone(self, name: str) -> None:
         try:
             decode_revision(read_small(self.dir_fd, f"{name}.del"), name)
-        except (ValueError, OSError) as e:
+        except (ValueError, ArithmeticError, OSError) as e:
             self.tell_once(f"{name}.del", f"is left alone: {printable(e)}")
             return
         if not file_type(self.dir_fd, f"{name}.rev"):
@@ -2191,7 +2205,7 @@ class Source:
     """Where images come from.  Naming a `type` registers it."""
 
     type = ""
-    keys: tuple[str, ...] = ()
+    keys = ("",)  # of the configuration, beside those of every job
 
     @classmethod
     def types(cls) -> dict[str, type[Source]]:
@@ -2434,6 +2448,27 @@ class Progress:
         self.width = len(text)
 
 
+def pass_over(
+    label: str,
+    size: int,
+    offsets: Iterable[int],
+    work: Callable[[int, Buffers], None],
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Call `work` for these units of an image of `size` bytes, and `look` now and then."""
+    with Progress(label, size) as progress:
+
+        def unit(offset: int, buffers: Buffers) -> None:
+            progress.reach(offset)
+            work(offset, buffers)
+
+        def tick() -> None:
+            progress.tick()
+            look()
+
+        work_through(offsets, unit, tick, workers_for(size))
+
+
 def report_progress(*_: object) -> None:
     """On SIGUSR1."""
     line = Progress.current.line() if Progress.current else "between two steps"
@@ -2475,6 +2510,8 @@ class Update:
         self.resized = {block for block in ends if block * BLOCK < still.size}
         self.written = bytearray(still.size // BLOCK // 8 + 1)  # a bit per block
         self.expected = 0
+        self.reached = 0  # how far it got, about
+        self.parent_damage: list[tuple[int, int]] = []
         self.lock = threading.Lock()
 
     def offsets(self) -> Iterator[int]:
@@ -2485,6 +2522,7 @@ class Update:
 
     def unit(self, offset: int, buffers: Buffers) -> None:
         length = min(UNIT, self.still.size - offset)
+        self.reached = max(self.reached, offset)
         self.read_source(buffers.new, offset, length)
         digests = [bytes(DIGEST)] * -(-length // BLOCK)
         if not self.fresh:
@@ -2500,8 +2538,12 @@ class Update:
             block for start, end, _ in runs for block in range(start // BLOCK, -(-end // BLOCK))
         }
         for block, start, end in blocks_of(length):
-            if block in changed or offset // BLOCK + block in self.resized:
+            resized = offset // BLOCK + block in self.resized
+            if block in changed or resized:
                 new[block] = block_digest(buffers.new[start:end])
+            if block in changed and not (resized or self.fresh or self.rehash):
+                if block_digest(buffers.old[start:end]) != digests[block]:
+                    self.parent_damage.append((offset + start, end - start))
         with explain(f"cannot write image at offset {offset}"):
             self.writer.update(buffers.new, offset, runs)
         with explain(f"cannot write digests for offset {offset}"):
@@ -2523,11 +2565,8 @@ class Update:
 
     def read_old(self, buffers: Buffers, offset: int, length: int) -> list[int]:
         """Read the clone's own bytes; the offsets of pages that cannot be read."""
-        try:
-            self.old.read(buffers.old, offset, length)
-            return []
-        except (OSError, EOFError):
-            lost = self.old.salvage(buffers.old, offset, length)
+        lost = self.old.salvage(buffers.old, offset, length)
+        if lost:
             log.warning("the previous image cannot be read at offset %d: written anew", offset)
         if lost and length % PAGE and lost[-1] + PAGE > length:
             # to write a part of a page would be to read it: let it go first
@@ -2635,21 +2674,21 @@ class Backup:
             with repository.metadata_lock():
                 repository.sweep()
                 base = choose_parent(repository, stack)
-                revision = self.begin(base)
+                revision = self.plan(base)
             try:
+                self.begin(revision)
                 revision = self.fill(revision, base, still)
                 still.check()
                 repository.check_presence()
                 revision = replace(revision, duration=max(time.monotonic() - started, 0.001))
-                with repository.metadata_lock():
-                    repository.write_revision(revision)
+                repository.write_revision(revision)
             except BaseException:
                 self.discard(revision)
                 raise
         return self.finish(revision)
 
-    def begin(self, base: Base | None) -> Revision:
-        """Say on the medium that there is an incomplete revision."""
+    def plan(self, base: Base | None) -> Revision:
+        """The new revision, later than all others whatever the clock says."""
         revisions = self.repository.revisions
         now = datetime.now(UTC)
         newest = max((revision.clock for revision in revisions), default=0)
@@ -2662,9 +2701,12 @@ class Backup:
         )
         if newest > epoch_microseconds(now + timedelta(minutes=5)):
             log.warning("%s: the newest revision is from the future; check the clock", self.name)
+        return revision
+
+    def begin(self, revision: Revision) -> None:
+        """Say on the medium that there is an incomplete revision, before there is an image."""
         self.repository.write_revision(revision)
         log.info("%s: new revision %s [%s]", self.name, revision.id, ",".join(self.tags))
-        return revision
 
     def fill(self, revision: Revision, base: Base | None, still: Still) -> Revision:
         """Make image and digests, prove them, and return what is now known of them."""
@@ -2683,6 +2725,7 @@ class Backup:
                 old_fd = open_regular(self.repository.dir_fd, revision.id)
                 stack.callback(os.close, old_fd)
             reader = Reader(old_fd, still.size, True)
+            resized = base is not None and base.revision.size != still.size
             update = Update(
                 still,
                 reader,
@@ -2691,14 +2734,15 @@ class Backup:
                 fresh=not cloned,
                 by_digest=cloned and not rehash and self.job.verify is VerifyMode.WRITTEN,
                 rehash=rehash,
-                resized_from=base.revision.size
-                if base and base.revision.size != still.size
-                else None,
+                resized_from=base.revision.size if base and resized else None,
             )
             log.info("%s: performing %s backup", self.name, "differential" if cloned else "full")
-            self.transfer(update)
+            try:
+                self.transfer(update)
+            finally:
+                self.distrust_parent(base, join_ranges(update.parent_damage))
             digest = self.settle(image_fd, sums_fd, sums)
-            proven = self.prove(update, reader, base)
+            proven = self.prove(update, reader)
         everything = not update.by_digest
         stats = {**revision.stats, "verification": "full" if everything else "written"}
         stats["bytes_verified"] = still.size if everything else proven
@@ -2745,35 +2789,29 @@ class Backup:
         """Run the first pass, with an eye on the source."""
         still, looked = update.still, time.monotonic()
 
-        def tick() -> None:
+        def look() -> None:
             nonlocal looked
-            progress.tick()
             if time.monotonic() - looked > 1:
                 looked = time.monotonic()
                 still.check()
 
-        def unit(offset: int, buffers: Buffers) -> None:
-            progress.reach(offset)
-            update.unit(offset, buffers)
-
-        with Progress(self.name, still.size) as progress:
-            try:
-                with explain(f"{self.name}: backup"):
-                    work_through(update.offsets(), unit, tick, workers_for(still.size))
-                    still.check()
-            except SourceChanged as e:
-                at = self.first_difference(update, progress.position)
-                raise SourceChanged(f"{self.name}: {e}{at}", e.hint) from e
-            except BackyError as e:
-                raise BackyError(f"{self.name}: {e}", e.hint) from e
+        try:
+            with explain("cannot examine the source or the image"):
+                pass_over(self.name, still.size, update.offsets(), update.unit, look)
+                still.check()
+        except SourceChanged as e:
+            raise SourceChanged(f"{self.name}: {e}{self.first_difference(update)}", e.hint) from e
+        except BackyError as e:
+            raise BackyError(f"{self.name}: {e}", e.hint) from e
 
     @staticmethod
-    def first_difference(update: Update, position: int) -> str:
+    def first_difference(update: Update) -> str:
         """Where the source differs from what was read of it, looked for during 10 seconds."""
         buffers, deadline = Buffers(), time.monotonic() + 10
         size = update.still.size
+        reached = min(update.reached + UNIT, size)
         with suppress(OSError, EOFError):
-            for offset in range(0, min(position + UNIT, size), UNIT):
+            for offset in range(0, reached, UNIT):
                 length = min(UNIT, size - offset)
                 try:
                     update.still.reader.read(buffers.new, offset, length)
@@ -2786,7 +2824,7 @@ class Backup:
                     return f": it differs from offset {offset + runs[0][0]} on"
                 if time.monotonic() > deadline:
                     break
-        return f" (read up to offset {min(position + UNIT, size)})"
+        return f" (read up to offset {reached})"
 
     def settle(self, image_fd: int, sums_fd: int, sums: Sums) -> str:
         """Force image and digests to the medium, read-only; the digest of the digests."""
@@ -2801,25 +2839,19 @@ class Backup:
             sync(self.repository.dir_fd)
         return digest
 
-    def prove(self, update: Update, reader: Reader, base: Base | None) -> int:
+    def prove(self, update: Update, reader: Reader) -> int:
         """Read back what was written; raises Distrusted where that is not what it should be."""
         log.info(
             "%s: performing %s verification", self.name, "partial" if update.by_digest else "full"
         )
         check = ReadBack(update, reader)
-        with Progress(f"{self.name} (reading back)", reader.size) as progress:
-
-            def unit(offset: int, buffers: Buffers) -> None:
-                progress.reach(offset)
-                check.unit(offset, buffers)
-
-            with explain(f"{self.name}: cannot read back"):
-                work_through(update.written_units(), unit, progress.tick, workers_for(reader.size))
+        with explain(f"{self.name}: cannot read back"):
+            label = f"{self.name} (reading back)"
+            pass_over(label, reader.size, update.written_units(), check.unit)
         with explain(f"{self.name}: cannot examine the image"):
             sizes = os.fstat(update.writer.fd).st_size, os.fstat(update.sums.fd).st_size
         wanted = (reader.size, sums_header.size + DIGEST * -(-reader.size // BLOCK))
         if check.bad:
-            self.suspect(base, check.bad)
             raise Distrusted(
                 f"{self.name}: verification failed: the medium returns other bytes than were "
                 f"written at offset {', '.join(map(str, sorted(check.bad)[:10]))}",
@@ -2829,32 +2861,19 @@ class Backup:
             raise Distrusted(f"{self.name}: verification failed: writes have been lost")
         return check.bytes_read
 
-    def suspect(self, base: Base | None, offsets: list[int]) -> None:
-        """Distrust the parent if its own blocks are not what its digests say."""
-        if base is None or base.sums_fd is None:
+    def distrust_parent(self, base: Base | None, damaged: tuple[tuple[int, int], ...]) -> None:
+        """Say that the parent's own bytes are not what its digests say; here they are written anew."""
+        if base is None or not damaged:
             return
-        size = base.revision.size or 0
-        reader, sums, buffers = (
-            Reader(base.image_fd, size, True),
-            Sums(base.sums_fd, size),
-            Buffers(),
-        )
-        for offset in offsets:
-            length = min(BLOCK, size - offset)
-            if length <= 0:
-                continue
-            try:
-                reader.read(buffers.new, offset, length)
-                if block_digest(buffers.new[:length]) == sums.read(offset, length)[0]:
-                    continue
-            except (OSError, EOFError):
-                pass
-            log.warning("%s: parent %s is damaged: distrusted", self.name, base.revision.id)
-            with suppress(BackyError), self.repository.metadata_lock():
-                self.repository.change(
-                    base.revision, trust=Trust.DISTRUSTED, damaged=((offset, length),)
-                )
-            return
+        name = base.revision.id
+        for line in describe_ranges(damaged):
+            log.warning("%s: parent %s is damaged: %s", self.name, name, line)
+        log.warning("%s: parent %s is now distrusted", self.name, name)
+        try:
+            with self.repository.metadata_lock():
+                self.repository.change(base.revision, trust=Trust.DISTRUSTED, damaged=damaged)
+        except BackyError as e:
+            log.warning("%s (this is not recorded)", e)
 
     def discard(self, revision: Revision) -> None:
         """Leave nothing of a revision that did not become complete."""
@@ -2909,8 +2928,11 @@ class CheckedImage:
             sums_fd, self.sums = repository.open_sums(replace(revision, size=self.size))
             stack.callback(os.close, sums_fd)
         except Damaged as e:
-            made_by = "made by backy 2.x, it has no digests"
-            self.unchecked = f"its digests are damaged: {e}" if revision.digest else made_by
+            self.unchecked = "it is incomplete"
+            if revision.digest:
+                self.unchecked = f"its digests are damaged: {e}"
+            elif revision.is_complete:
+                self.unchecked = "it has no digests, like all that backy 2.x made"
 
     def offsets(self, *others: Iterable[tuple[int, int]]) -> Iterator[int]:
         """The units in which there is something, or should be, or where `others` have something."""
@@ -2919,11 +2941,7 @@ class CheckedImage:
 
     def read(self, view: memoryview, offset: int, length: int) -> None:
         """Fill `view`; what cannot be read is zeros.  Damage is noted, not raised."""
-        try:
-            self.reader.read(view, offset, length)
-            lost: set[int] = set()
-        except (OSError, EOFError):
-            lost = {at // BLOCK for at in self.reader.salvage(view, offset, length)}
+        lost = {at // BLOCK for at in self.reader.salvage(view, offset, length)}
         try:
             digests = self.sums.read(offset, length) if self.sums else None
         except OSError:
@@ -2932,17 +2950,11 @@ class CheckedImage:
             if block in lost or (digests and block_digest(view[start:end]) != digests[block]):
                 self.damaged.append((offset + start, end - start))
 
+    def unit(self, offset: int, buffers: Buffers) -> None:
+        self.read(buffers.new, offset, min(UNIT, self.size - offset))
+
     def damage(self) -> tuple[tuple[int, int], ...]:
         return join_ranges(self.damaged)
-
-
-def describe_ranges(ranges: ListLike[tuple[int, int]]) -> list[str]:
-    lines = [
-        f"bytes {offset} to {offset + length - 1} ({length})" for offset, length in ranges[:100]
-    ]
-    if len(ranges) > 100:
-        lines.append(f"and {len(ranges) - 100} more ranges")
-    return lines
 
 
 def verify_revision(repository: Repository, revision: Revision) -> tuple[Revision, int]:
@@ -2959,13 +2971,8 @@ def verify_revision(repository: Repository, revision: Revision) -> tuple[Revisio
                 f"{repository.name}: {revision.id} cannot be verified: {image.unchecked}"
             )
 
-        def unit(offset: int, buffers: Buffers) -> None:
-            progress.reach(offset)
-            image.read(buffers.new, offset, min(UNIT, image.size - offset))
-
-        with Progress(f"{repository.name} (verifying)", image.size) as progress:
-            with explain(f"{repository.name}: verify"):
-                work_through(image.offsets(), unit, progress.tick, workers_for(image.size))
+        with explain(f"{repository.name}: verify"):
+            pass_over(f"{repository.name} (verifying)", image.size, image.offsets(), image.unit)
         damaged, now = image.damage(), datetime.now(UTC)
         trust = Trust.DISTRUSTED if damaged else Trust.VERIFIED
         result = replace(revision, trust=trust, verified=now, damaged=damaged)
@@ -3064,61 +3071,82 @@ def refuse_used_file(fd: int, shown: str) -> None:
         raise Busy(f"{shown} is in use: it is locked or has a loop device")
 
 
+class Restore:
+    """Brings an image to a file or a device: shared, copied, or only what differs."""
+
+    def __init__(self, repository: Repository, image: CheckedImage, target: Target) -> None:
+        self.name, self.image, self.target = repository.name, image, target
+        self.shown = printable(target.path)
+        self.shared = target.is_new and shares_extents(image.fd, target.fd)
+        self.writer = Writer(target.fd, image.size, can_punch=not target.is_device)
+        self.old: Reader | None = None
+
+    def prepare(self, stack: ExitStack) -> None:
+        """Give a file its size; open what there is, to be compared with."""
+        with explain(f"cannot prepare {self.shown}"):
+            if not self.target.is_device and os.fstat(self.target.fd).st_size != self.image.size:
+                os.ftruncate(self.target.fd, self.image.size)
+            if not self.target.is_new:
+                fd = os.open(f"/proc/self/fd/{self.target.fd}", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                self.old = Reader(fd, self.image.size, not is_cached(fd, self.image.size))
+
+    def unit(self, offset: int, buffers: Buffers) -> None:
+        length = min(UNIT, self.image.size - offset)
+        self.image.read(buffers.new, offset, length)
+        if self.shared:
+            return  # it was read to be checked
+        lost = self.old.salvage(buffers.old, offset, length) if self.old else []
+        with explain(f"cannot write {self.shown} at offset {offset}"):
+            runs = differing_runs(buffers, length, self.old is None, lost)
+            self.writer.update(buffers.new, offset, runs)
+
+    def run(self) -> None:
+        """Do it, to the medium.  Damage of the image is left for confess()."""
+        with explain(f"{self.name}: restore"):
+            offsets = self.image.offsets(self.old.extents() if self.old else [])
+            pass_over(f"{self.name} (restoring)", self.image.size, offsets, self.unit)
+        with explain(f"cannot write {self.shown} to the medium"):
+            sync(self.target.fd)
+            drop_cache(self.target.fd)
+            if self.target.is_new:
+                sync_parent(self.target.path)
+
+    def what_was_done(self) -> str:
+        if self.shared:
+            return "extents shared"
+        return f"{format_size(self.writer.bytes_written)} written"
+
+
 def restore_revision(repository: Repository, revision: Revision, path: str, force: bool) -> None:
-    """Bring the image to the file or device at `path`, and to the medium, before this returns."""
+    """Bring the image to the file or device at `path`, and to the medium, before this returns.
+
+    Raises Distrusted at the end when parts of the image were damaged.  What was
+    interrupted goes on where it was when it is started again, since only what
+    differs is written.
+    """
     started = time.monotonic()
     with ExitStack() as stack:
         image = CheckedImage(repository, revision, stack)
         target = open_target(repository, path, image.size, force, stack)
         announce(repository, image)
-        shared = target.is_new and shares_extents(image.fd, target.fd)
-        writer = Writer(target.fd, image.size, can_punch=not target.is_device)
-        shown = printable(path)
-        with explain(f"cannot write {shown}"):
-            if not shared and not target.is_device and os.fstat(target.fd).st_size != image.size:
-                os.ftruncate(target.fd, image.size)
-        old_fd = (
-            os.open(f"/proc/self/fd/{target.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            if not target.is_new
-            else -1
+        restore = Restore(repository, image, target)
+        try:
+            restore.prepare(stack)
+            restore.run()
+        except BaseException:
+            log.error("%s is not complete; start again, with --force, to go on", restore.shown)
+            raise
+        log.info(
+            "%s: restored %s to %s: %s, %s, in %.1f s",
+            repository.name,
+            revision.id,
+            restore.shown,
+            format_size(image.size),
+            restore.what_was_done(),
+            time.monotonic() - started,
         )
-        if old_fd >= 0:
-            stack.callback(os.close, old_fd)
-        old = Reader(old_fd, image.size, old_fd >= 0 and not is_cached(old_fd, image.size))
-
-        def unit(offset: int, buffers: Buffers) -> None:
-            progress.reach(offset)
-            length = min(UNIT, image.size - offset)
-            image.read(buffers.new, offset, length)
-            if shared:
-                return
-            if not target.is_new:
-                old.read(buffers.old, offset, length)
-            with explain(f"cannot write {shown} at offset {offset}"):
-                writer.update(
-                    buffers.new, offset, differing_runs(buffers, length, fresh=target.is_new)
-                )
-
-        with Progress(f"{repository.name} (restoring)", image.size) as progress:
-            theirs = [] if target.is_new else old.extents()
-            with explain(f"{repository.name}: restore"):
-                work_through(image.offsets(theirs), unit, progress.tick, workers_for(image.size))
-        with explain(f"cannot write {shown} to the medium"):
-            sync(target.fd)
-            drop_cache(target.fd)
-            if target.is_new:
-                sync_parent(path)
-    written = "extents shared" if shared else f"{format_size(writer.bytes_written)} written"
-    log.info(
-        "%s: restored %s to %s: %s, %s, in %.1f s",
-        repository.name,
-        revision.id,
-        shown,
-        format_size(image.size),
-        written,
-        time.monotonic() - started,
-    )
-    confess(repository, image)
+        confess(repository, image)
 
 
 def shares_extents(image_fd: int, target_fd: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import random
 import string
 import time
+from contextlib import suppress
 from datetime import date, datetime, timedelta, timezone
 
 import pytest
@@ -57,10 +58,13 @@ REVISION_VALUE = {
 }
 WRAPPED_REVISION = """\
 parent: null
-stats: {bytes_written: 196608, ceph-verification: partial, chunk_stats: {write_full: 5,
-    write_partial: 12}, duration: 0.9258553981781006}
-tags: [daily, monthly, 'test: a tag that is rather long', weekly, yearly, 'manual:before-the-upgrade',
-  x]
+stats:
+  bytes_written: 196608
+  ceph-verification: partial
+  chunk_stats: {write_full: 5, write_partial: 12}
+  duration: 0.9258553981781006
+tags: [daily, monthly, weekly, yearly, 'manual:before-the-upgrade', test of a long
+    tag, x]
 timestamp: 2026-11-22 04:28:09+00:00
 uuid: U5hyNzKWPiQXvih6TJAQF8
 """
@@ -131,7 +135,7 @@ def test_a_revision_file_that_old_pyyaml_wrapped_is_read():
     value = load(WRAPPED_REVISION)
     assert value["parent"] is None
     assert value["stats"]["chunk_stats"] == {"write_full": 5, "write_partial": 12}
-    assert value["tags"][-2:] == ["manual:before-the-upgrade", "x"]
+    assert value["tags"][-3:] == ["manual:before-the-upgrade", "test of a long tag", "x"]
     assert value["timestamp"] == datetime(2026, 11, 22, 4, 28, 9, tzinfo=UTC)
 
 
@@ -377,10 +381,8 @@ LONG = {
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_the_time_to_parse_is_linear(text):
     start = time.process_time()
-    try:
+    with suppress(backy.YAMLError):
         backy.parse_yaml(text)
-    except backy.YAMLError:
-        pass
     assert time.process_time() - start < 5
 
 
@@ -449,7 +451,7 @@ def test_quoted_text_is_text(text):
 
 
 def test_keys_have_a_meaning_too():
-    assert load("1: a\non: b\n'off': c\n") == {1: "a", True: "b", "off": "c"}
+    assert load("2: a\non: b\n'off': c\n") == {2: "a", True: "b", "off": "c"}
 
 
 # Writing
