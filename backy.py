@@ -170,8 +170,6 @@ def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> No
     from logging.handlers import WatchedFileHandler
 
     try:
-        handler = WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
-    except TypeError:  # Python 3.8 has no `errors`
         handler = WatchedFileHandler(path, encoding="utf-8")
     except OSError as e:
         log.warning("cannot open log file %s: %s", printable(path), e.strerror)
@@ -310,19 +308,21 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 # and remembers its place; resolve() is for values that no schema knows.  What
 # may mean two things is refused, and parsing takes time linear in the text.
 
-MAX_TEXT = 1 << 20  # bytes; 1 MiB
-MAX_DEPTH = 64  # collections inside one another
-MAX_NODES = 200_000  # with every alias counted as a copy
+MAX_YAML_TEXT = 1 << 20  # bytes
+MAX_YAML_DEPTH = 64  # collections inside one another
+MAX_YAML_NODES = 200_000  # with every alias counted as a copy
 
 # Raw control characters, the line ends that only YAML 1.1 knows, surrogates and stray BOMs.
-FORBIDDEN = re.compile(
+FORBIDDEN_CHARACTER = re.compile(
     "[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
 )
-MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
-GAP = re.compile(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
+DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
+BETWEEN_TOKENS = re.compile(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
+INDICATOR = re.compile(r"[-?:](?=[ \t\n]|\Z)")
 LINE_END = re.compile(r" *\n[ \n]*")
-NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\n,\]}]|\Z)")
+ANCHOR_NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\n,\]}]|\Z)")
 BLOCK_HEADER = re.compile(r"[|>](?:([1-9])([-+]?)|([-+]?)([1-9]?)) *(?:(?<= )#[^\n]*)?(?:\n|\Z)")
+LEADING_BLANKS = re.compile(r"[ \n]*")
 
 # Where one line of a plain scalar ends, and the colon that makes a scalar a key.
 BLOCK_END = re.compile(r"[\t\n]|(?<= )#|:(?=[ \t\n]|\Z)|\Z")
@@ -330,7 +330,8 @@ FLOW_END = re.compile(r"[\t\n,\[\]{}]|(?<= )#|:(?=[ \t\n,\[\]{}]|\Z)|\Z")
 BLOCK_COLON = re.compile(r" *:(?=[ \t\n]|\Z)")
 FLOW_COLON = re.compile(r" *:")
 
-# The pieces of a quoted scalar; at each place at most one group matches.
+# The pieces of a quoted scalar; exactly one group matches: text, line ends to fold,
+# blanks, an escape, the closing quote.
 QUOTED = {
     "'": re.compile(r"([^' \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)|'(')|(')"),
     '"': re.compile(
@@ -341,25 +342,27 @@ QUOTED = {
 ESCAPES = {"0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"}
 ESCAPES.update({"e": "\x1b", '"': '"', "\\": "\\", "N": "\x85", "_": "\xa0", "L": "\u2028"})
 ESCAPES.update({"P": "\u2029"})
-READ_ESCAPES = {**ESCAPES, "/": "/", " ": " ", "\t": "\t"}
-WRITE_ESCAPES = {char: letter for letter, char in ESCAPES.items()}
+ESCAPE_OF = {char: letter for letter, char in ESCAPES.items()}
+ESCAPES.update({"/": "/", " ": " ", "\t": "\t"})  # read, not written
 
 # What a plain scalar means in YAML 1.1; see yaml.org/type.
-NULLS = {"", "~", "null", "Null", "NULL"}
-TRUE = {"yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"}
-FALSE = {"no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"}
-INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
-FLOAT = re.compile(
+PLAIN_NULL = {"", "~", "null", "Null", "NULL"}
+PLAIN_TRUE = {"yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"}
+PLAIN_FALSE = {"no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"}
+PLAIN_INTEGER = re.compile(
+    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"
+)
+PLAIN_FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
-TIMESTAMP = re.compile(
+PLAIN_DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
+PLAIN_TIMESTAMP = re.compile(
     r"([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})(?:[Tt]|[ \t]+)([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
     r"(?:\.([0-9]*))?(?:[ \t]*(Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
-ODD = re.compile(r"[-+]?\.[0-9_]+|=|<<")  # PyYAML refuses these or took them for a number once
-MAX_NUMBER = 256  # characters; int() is slow on long texts
+PLAIN_ODD = re.compile(r"[-+]?\.[0-9_]+|=|<<")  # refused by PyYAML, or a number to old ones
+MAX_PLAIN_NUMBER = 256  # characters; int() is slow on long texts
 
 NOT_PLAIN = re.compile(
     r"^(?:---|\.\.\.|[ #,\[\]{}&*!|>'\"%@`]|[-?:](?: |\Z))|:(?: |\Z)| #| \Z"  # anywhere
@@ -413,14 +416,14 @@ class Mapping(Node):
 
 
 class Anchored(NamedTuple):
-    """A node that aliases may stand for, the nodes in it and its depth."""
+    """A node that aliases may stand for, how many nodes it holds and how deep they go."""
 
     node: Node
-    count: int
+    size: int
     height: int
 
 
-def fold(line_ends: int) -> str:
+def fold_line_ends(line_ends: int) -> str:
     """What stands for so many line ends inside a folded scalar."""
     return "\n" * (line_ends - 1) or " "
 
@@ -443,7 +446,7 @@ def fold_block(lines: list[str]) -> str:
     return "".join(parts)
 
 
-class Parser:
+class YAMLParser:
     """Reads one document by recursive descent.
 
     The methods share `pos`.  Those that read block style leave it at the next
@@ -470,23 +473,21 @@ class Parser:
         return root
 
     def check_characters(self) -> None:
-        bad = FORBIDDEN.search(self.text)
+        bad = FORBIDDEN_CHARACTER.search(self.text)
         if bad:
-            code = ord(bad[0])
-            self.fail(
-                f"control character U+{code:04X}, use an escape in double quotes", bad.start()
-            )
+            name = f"U+{ord(bad[0]):04X}"
+            self.fail(f"control character {name}, use an escape in double quotes", bad.start())
 
     def find_document(self) -> None:
         """Go to the document's start and cut the text at its end."""
         self.skip()
         if self.char() == "%" and self.column() == 0:
             self.fail("directives ('%') are not supported")
-        opening = MARKER.match(self.text, self.pos)
+        opening = DOCUMENT_MARKER.match(self.text, self.pos)
         self.pos = opening.end() if opening and opening[0] == "---" else 0
-        closing = MARKER.search(self.text, self.pos)
+        closing = DOCUMENT_MARKER.search(self.text, self.pos)
         if closing:
-            rest = GAP.match(self.text, closing.end())
+            rest = BETWEEN_TOKENS.match(self.text, closing.end())
             if closing[0] == "---" or rest.end() < len(self.text):
                 self.fail("several documents in one file are not supported", closing.start())
             self.text = self.text[: closing.start()]
@@ -511,7 +512,7 @@ class Parser:
     def skip(self) -> bool:
         """Go to the next token; tells whether that is the first one on its line."""
         start = self.pos
-        self.pos = GAP.match(self.text, start).end()
+        self.pos = BETWEEN_TOKENS.match(self.text, start).end()
         below = start == 0 or "\n" in self.text[start : self.pos]
         if self.char() == "\t":
             self.fail(f"tab {'in the indentation' if below else 'between words'}, use blanks")
@@ -525,8 +526,8 @@ class Parser:
     def enter(self) -> None:
         self.depth += 1
         self.deepest = max(self.deepest, self.depth)
-        if self.deepest > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels")
+        if self.deepest > MAX_YAML_DEPTH:
+            self.fail(f"nested deeper than {MAX_YAML_DEPTH} levels")
 
     def scalar(self, text: str, plain: bool, start: int) -> Scalar:
         return Scalar(text, plain, *self.place(start))
@@ -556,12 +557,7 @@ class Parser:
         return self.inline(indent, below or beside)
 
     def at_dash(self) -> bool:
-        return self.char() == "-" and self.text[self.pos + 1 : self.pos + 2] in (
-            "",
-            " ",
-            "\t",
-            "\n",
-        )
+        return self.char() == "-" and bool(INDICATOR.match(self.text, self.pos))
 
     def inline(self, indent: int, key_allowed: bool) -> Node:
         """A value that starts on this line, or the mapping whose first key stands here."""
@@ -640,8 +636,8 @@ class Parser:
         self.pos = header.end()
         width = max(indent, 0) + int(digit or 1)
         if not digit:
-            blanks = re.compile("[ \n]*").match(self.text, self.pos)[0]
-            width = max(width, *map(len, blanks.split("\n")), 0)
+            blanks = LEADING_BLANKS.match(self.text, self.pos)[0]
+            width = max(width, *map(len, blanks.split("\n")))
         text = self.block_lines(width)
         body = text.rstrip("\n")
         tail = text[len(body) :]
@@ -697,7 +693,7 @@ class Parser:
             self.check_key(key, entries, FLOW_COLON)
             start = self.pos
             self.skip()
-            empty = self.char() in (",", "}")
+            empty = self.char() in ("", ",", "}")
             value = self.scalar("", True, start) if empty else self.flow_node()
             entries[key.text] = key, value
         return Mapping(entries, *place)
@@ -727,8 +723,11 @@ class Parser:
 
     def anchored(self, read: Callable[[], Node]) -> Node:
         """The node that `read` finds after an anchor, remembered for its aliases."""
+        start = self.pos
         name = self.name()
-        ahead = GAP.match(self.text, self.pos).end()
+        if name in self.anchors:
+            self.fail(f"anchor '&{name}' was already given above", start)
+        ahead = BETWEEN_TOKENS.match(self.text, self.pos).end()
         if self.text[ahead : ahead + 1] in ("&", "*"):
             self.fail("an anchor must stand before a value, not before an anchor or alias")
         self.anchors[name] = None
@@ -744,16 +743,16 @@ class Parser:
         target = self.anchors.get(name)
         if target is None:
             self.fail(f"unknown alias '*{name}'", start)
-        self.count += target.count
+        self.count += target.size
         self.deepest = max(self.deepest, self.depth + target.height)
-        if self.deepest > MAX_DEPTH:
-            self.fail(f"nested deeper than {MAX_DEPTH} levels by alias '*{name}'", start)
-        if self.count > MAX_NODES:
-            self.fail(f"the aliases stand for more than {MAX_NODES} nodes", start)
+        if self.deepest > MAX_YAML_DEPTH:
+            self.fail(f"nested deeper than {MAX_YAML_DEPTH} levels by alias '*{name}'", start)
+        if self.count > MAX_YAML_NODES:
+            self.fail(f"the aliases stand for more than {MAX_YAML_NODES} nodes", start)
         return target.node
 
     def name(self) -> str:
-        match = NAME.match(self.text, self.pos)
+        match = ANCHOR_NAME.match(self.text, self.pos)
         if not match:
             self.fail(f"no name of letters, digits, '-' and '_' after '{self.char()}'")
         self.pos = match.end()
@@ -773,7 +772,10 @@ class Parser:
 
     def check_plain(self, in_flow: bool) -> None:
         """Refuse what cannot start a plain scalar."""
-        char, following = self.char(), self.text[self.pos + 1 : self.pos + 2]
+        char = self.char()
+        alone = INDICATOR.match(self.text, self.pos)
+        if not char:
+            self.fail("the text ends where a value should be")
         if char == "!":
             self.fail("tags ('!') are not supported")
         if char in "&*[{":
@@ -782,9 +784,9 @@ class Parser:
             self.fail(f"'{char}' closes nothing here")
         if char == "," and in_flow:
             self.fail("nothing stands before this ','")
-        if char == "?" and following in ("", " ", "\t", "\n"):
+        if char == "?" and alone:
             self.fail("complex keys ('? ') are not supported")
-        if char in "-?:" and (following in ("", " ", "\t", "\n") or (in_flow and char != "-")):
+        if alone or (in_flow and char in "?:"):
             self.fail(f"unexpected '{char}', quote it if it is text")
         if char in "#,|>%@`":
             self.fail(f"a plain value cannot start with '{char}', quote it")
@@ -804,10 +806,8 @@ class Parser:
             if not line:
                 break
             if self.text[stop : stop + 1] == ":":
-                self.fail(
-                    "': ' in a line that continues a plain value, check the indentation", stop
-                )
-            parts += fold(gap[0].count("\n")), line
+                self.fail("': ' in the continuation of a plain value, check the indentation", stop)
+            parts += fold_line_ends(gap[0].count("\n")), line
             self.pos = start + len(line)
         return Scalar("".join(parts), True, first.line, first.column)
 
@@ -825,8 +825,8 @@ class Parser:
                 return self.scalar(self.join_surrogates("".join(parts), start), False, start)
             text = piece[piece.lastindex]
             if piece.lastindex == 2:
-                text = fold(text.count("\n"))
-            elif piece.lastindex == 4 and text != "'":
+                text = fold_line_ends(text.count("\n"))
+            elif piece.lastindex == 4 and pieces is QUOTED['"']:
                 text = self.unescape(text, piece.start())
             parts.append(text)
 
@@ -839,8 +839,8 @@ class Parser:
         """What `escape`, without its backslash, stands for."""
         if escape[0] == "\n":
             return "\n" * (escape.count("\n") - 1)
-        if len(escape) == 1 and escape in READ_ESCAPES:
-            return READ_ESCAPES[escape]
+        if len(escape) == 1 and escape in ESCAPES:
+            return ESCAPES[escape]
         if len(escape) == 1 or int(escape[1:], 16) > 0x10FFFF:
             self.fail(f"unknown escape '\\{escape}' in double quotes", pos)
         return chr(int(escape[1:], 16))
@@ -855,35 +855,35 @@ class Parser:
 
 def parse_yaml(text: str) -> Node:
     """The root of the document in `text`; an empty document is an empty scalar."""
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT:
-        raise YAMLError(f"longer than {MAX_TEXT} bytes", 1, 1)
-    return Parser(text[1:] if text.startswith("\ufeff") else text).document()
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_YAML_TEXT:
+        raise YAMLError(f"longer than {MAX_YAML_TEXT} bytes", 1, 1)
+    return YAMLParser(text[1:] if text.startswith("\ufeff") else text).document()
 
 
-def parse_sexagesimal(text: str, number: Callable[[str], float]) -> float:
+def plain_sexagesimal(text: str, number: Callable[[str], float]) -> float:
     """`1:30:00` is 5400; a text without colons is just the number."""
     places = reversed(text.split(":"))
     return sum(number(digits) * 60**place for place, digits in enumerate(places))
 
 
-def parse_integer(text: str) -> int:
+def plain_integer(text: str) -> int:
     sign = -1 if text[0] == "-" else 1
     digits = text.lstrip("-+").replace("_", "")
     if ":" in digits:
-        return sign * int(parse_sexagesimal(digits, int))
+        return sign * int(plain_sexagesimal(digits, int))
     bases = {"0b": 2, "0x": 16}
     return sign * int(digits, bases.get(digits[:2], 8 if digits[0] == "0" else 10))
 
 
-def parse_float(text: str) -> float:
+def plain_float(text: str) -> float:
     sign = -1.0 if text[0] == "-" else 1.0
     digits = text.lstrip("-+").replace("_", "").lower()
     if digits in (".inf", ".nan"):
         return sign * float(digits[1:])
-    return sign * parse_sexagesimal(digits, float)
+    return sign * plain_sexagesimal(digits, float)
 
 
-def parse_timestamp(match: re.Match[str]) -> datetime:
+def plain_timestamp(match: re.Match[str]) -> datetime:
     """Aware and UTC if the text names a zone, else naive."""
     *numbers, fraction, zone = match.groups()
     microseconds = int((fraction or "")[:6].ljust(6, "0"))
@@ -897,22 +897,22 @@ def parse_timestamp(match: re.Match[str]) -> datetime:
     return time.replace(tzinfo=timezone.utc)
 
 
-def resolve_text(text: str) -> object:
+def plain_value(text: str) -> object:
     """The value of a plain scalar; raises ValueError or OverflowError if it has none."""
-    if text in NULLS:
+    if text in PLAIN_NULL:
         return None
-    if text in TRUE or text in FALSE:
-        return text in TRUE
-    if len(text) > MAX_NUMBER:
+    if text in PLAIN_TRUE or text in PLAIN_FALSE:
+        return text in PLAIN_TRUE
+    if len(text) > MAX_PLAIN_NUMBER:
         return text
-    if INTEGER.fullmatch(text):
-        return parse_integer(text)
-    if FLOAT.fullmatch(text):
-        return parse_float(text)
-    if DATE.fullmatch(text):
+    if PLAIN_INTEGER.fullmatch(text):
+        return plain_integer(text)
+    if PLAIN_FLOAT.fullmatch(text):
+        return plain_float(text)
+    if PLAIN_DATE.fullmatch(text):
         return date(*map(int, text.split("-")))
-    timestamp = TIMESTAMP.fullmatch(text)
-    return parse_timestamp(timestamp) if timestamp else text
+    timestamp = PLAIN_TIMESTAMP.fullmatch(text)
+    return plain_timestamp(timestamp) if timestamp else text
 
 
 def resolve(node: Node) -> object:
@@ -924,41 +924,40 @@ def resolve(node: Node) -> object:
     if not node.plain:
         return node.text
     try:
-        return resolve_text(node.text)
+        return plain_value(node.text)
     except (ValueError, OverflowError):
         return node.text
 
 
 def has_type(text: str) -> bool:
     """Whether PyYAML, old or new, reads a plain `text` as anything but text."""
-    if text in NULLS or text in TRUE or text in FALSE:
+    if text in PLAIN_NULL or text in PLAIN_TRUE or text in PLAIN_FALSE:
         return True
-    return any(form.fullmatch(text) for form in (INTEGER, FLOAT, DATE, TIMESTAMP, ODD))
+    return any(
+        form.fullmatch(text)
+        for form in (PLAIN_INTEGER, PLAIN_FLOAT, PLAIN_DATE, PLAIN_TIMESTAMP, PLAIN_ODD)
+    )
 
 
-def format_text(text: str, in_flow: bool) -> str:
+def escape_character(char: str) -> str:
+    code = ord(char)
+    if char in ESCAPE_OF:
+        return "\\" + ESCAPE_OF[char]
+    if code > 0xFFFF:
+        return f"\\U{code:08X}"
+    return f"\\u{code:04X}" if code > 0xFF else f"\\x{code:02X}"
+
+
+def format_string(text: str, in_flow: bool) -> str:
     """A string: plain if it is read back as such, else quoted; always one ASCII line."""
     if not re.fullmatch("[ -~]*", text):
-        return '"' + re.sub(r"[^ -~]|[\"\\]", lambda char: escape_char(char[0]), text) + '"'
+        return '"' + re.sub(r"[^ -~]|[\"\\]", lambda char: escape_character(char[0]), text) + '"'
     if has_type(text) or (NOT_PLAIN_IN_FLOW if in_flow else NOT_PLAIN).search(text):
         return "'" + text.replace("'", "''") + "'"
     return text
 
 
-def escape_char(char: str) -> str:
-    code = ord(char)
-    if char in WRITE_ESCAPES:
-        return "\\" + WRITE_ESCAPES[char]
-    return (
-        f"\\x{code:02X}"
-        if code < 0x100
-        else f"\\u{code:04X}"
-        if code < 0x10000
-        else f"\\U{code:08X}"
-    )
-
-
-def format_float(value: float) -> str:
+def format_yaml_float(value: float) -> str:
     text = repr(value)
     if text in ("nan", "inf", "-inf"):
         return text.replace("nan", ".nan").replace("inf", ".inf")
@@ -972,11 +971,11 @@ def format_scalar(value: object, in_flow: bool = False) -> str:
             return value.text or "null"
         value = value.text
     if isinstance(value, str):
-        return format_text(value, in_flow)
+        return format_string(value, in_flow)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
-        return format_float(value)
+        return format_yaml_float(value)
     if isinstance(value, datetime):
         return (value.astimezone(timezone.utc) if value.tzinfo else value).isoformat(" ")
     if isinstance(value, (int, date)):
@@ -984,7 +983,7 @@ def format_scalar(value: object, in_flow: bool = False) -> str:
     raise TypeError(f"no YAML for {type(value).__name__}")
 
 
-def children(value: object) -> list | dict | None:
+def yaml_children(value: object) -> list | dict | None:
     """A collection's own list or dict (from node to node), None for a scalar."""
     if isinstance(value, Mapping):
         return dict(value.entries.values())
@@ -1004,40 +1003,37 @@ def fits_flow(value: object) -> bool:
     """Whether `value` is a scalar that old PyYAML reads inside brackets: no time does."""
     if isinstance(value, Scalar) and value.plain and has_type(value.text):
         return ":" not in value.text
-    return children(value) is None and not isinstance(value, datetime)
+    return yaml_children(value) is None and not isinstance(value, datetime)
 
 
 def is_inline(value: object) -> bool:
     """Whether `value` is written on the line of its key: a scalar or a leaf collection."""
-    inside = children(value)
+    inside = yaml_children(value)
     if isinstance(inside, dict):
         return all(fits_flow(part) for entry in inside.items() for part in entry)
     return inside is None or all(map(fits_flow, inside))
 
 
 def format_inline(value: object) -> str:
-    inside = children(value)
+    inside = yaml_children(value)
     if inside is None:
         return format_scalar(value)
     if isinstance(inside, list):
         return "[" + ", ".join(format_scalar(entry, True) for entry in inside) + "]"
-    pairs = (
-        (format_scalar(key, True), format_scalar(entry, True))
-        for key, entry in sorted_entries(inside)
-    )
-    return "{" + ", ".join(f"{key}: {entry}" for key, entry in pairs) + "}"
+    pairs = ((format_scalar(part, True) for part in pair) for pair in sorted_entries(inside))
+    return "{" + ", ".join(map(": ".join, pairs)) + "}"
 
 
 def format_block(value: object) -> list[str]:
     """The lines of a collection in block style."""
-    inside = children(value)
+    inside = yaml_children(value)
     lines: list[str] = []
     if isinstance(inside, dict):
         for key, entry in sorted_entries(inside):
             if is_inline(entry):
                 lines.append(f"{format_scalar(key)}: {format_inline(entry)}")
                 continue
-            indent = "" if isinstance(children(entry), list) else "  "
+            indent = "" if isinstance(yaml_children(entry), list) else "  "
             lines.append(f"{format_scalar(key)}:")
             lines += [indent + line for line in format_block(entry)]
         return lines
@@ -1054,7 +1050,7 @@ def format_yaml(value: object, flow: bool = False) -> str:
     With `flow` also a mapping of nothing but scalars is written on one line.  Values
     are dict, list, str, int, float, bool, None, date, datetime and nodes.
     """
-    inside = children(value)
+    inside = yaml_children(value)
     block = isinstance(inside, dict) and inside and not flow
     lines = format_block(value) if block or not is_inline(value) else [format_inline(value)]
     return "".join(line + "\n" for line in lines)
@@ -1147,17 +1143,28 @@ def is_cached(fd: int, size: int) -> bool:
 
 
 def device_writes(number: int) -> tuple[str, ...]:
-    """How much was written to and discarded on block device `number` since boot."""
+    """The sectors that were written to and discarded on block device `number` since boot."""
     path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"
     with suppress(OSError), open(path, encoding="ascii") as file:
-        fields = file.read().split()
-        return (
-            fields[4],
-            fields[6],
-            *fields[11:12],
-            *fields[13:14],
-        )  # linux Documentation/block/stat
+        fields = file.read().split()  # see block/stat.rst in the kernel's documentation
+        return (fields[6], *fields[13:14])
     return ()
+
+
+def files_below(number: int) -> list[str]:
+    """The paths of the files that block device `number` is made of, by loop devices."""
+    top = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if os.path.exists(f"{top}/partition"):
+        top = os.path.dirname(top)
+    found = []
+    with suppress(OSError), open(f"{top}/loop/backing_file", encoding="utf-8") as file:
+        found.append(file.read().rstrip("\n"))
+    with suppress(OSError):
+        for name in os.listdir(f"{top}/slaves"):
+            with open(f"{top}/slaves/{name}/dev", encoding="ascii") as file:
+                major, minor = file.read().split(":")
+            found += files_below(os.makedev(int(major), int(minor)))
+    return found
 
 
 # ==== Files ==================================================================
@@ -1172,6 +1179,8 @@ TEMPORARY = ".backy-tmp-"
 
 def open_directory(path: str) -> int:
     """A descriptor for the directory `path`, which must not itself be a symbolic link."""
+    if not path:
+        raise NotFound("the name of the directory is empty")
     try:
         return os.open(path.rstrip("/") or "/", os.O_DIRECTORY | os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as e:
@@ -1711,58 +1720,41 @@ def decode_revision(data: bytes, name: str) -> Revision:
         raise ValueError(str(e)) from None
     if not isinstance(root, Mapping):
         raise ValueError("it is empty" if not data.strip() else "it is not a mapping")
-    nodes = {key: node for key, (_, node) in root.entries.items()}
-    taken = {key: resolve(nodes.pop(key)) for key in list(nodes) if key in REVISION_KEYS}
+    extra = {key: node for key, (_, node) in root.entries.items()}
+    ours = {key: extra.pop(key) for key in REVISION_KEYS if key in extra}
     for key in ("uuid", "timestamp"):
-        if key not in taken:
+        if key not in ours:
             raise ValueError(f"it has no {key}")
-    if not isinstance(root.entries["uuid"][1], Scalar) or root.entries["uuid"][1].text != name:
+    if not isinstance(ours["uuid"], Scalar) or ours["uuid"].text != name:
         raise ValueError("its uuid is not its name")
-    stats = {}
-    if isinstance(taken.get("stats"), dict):
-        stats = {key: node for key, (_, node) in root.entries["stats"][1].entries.items()}
-    known = {key: resolve(stats.pop(key)) for key in ("bytes_written", "duration") if key in stats}
-    tags = root.entries["tags"][1] if "tags" in taken else None
-    timestamp = decode_timestamp(taken["timestamp"])
-    verified, clock = taken.get("verified"), taken.get("clock", epoch_microseconds(timestamp))
+    values = {key: resolve(node) for key, node in ours.items() if key not in ("stats", "tags")}
+    stats, duration, written = decode_stats(ours.get("stats"))
+    timestamp, verified = decode_timestamp(values["timestamp"]), values.get("verified")
+    clock = values.get("clock", epoch_microseconds(timestamp))
     if not isinstance(clock, int) or not -(1 << 63) < clock < 1 << 63:
         raise ValueError("its clock is no time")
     return Revision(
         id=name,
         timestamp=timestamp,
         clock=clock,
-        tags=tuple(sorted({tag.text for tag in tags.items if isinstance(tag, Scalar)}))
-        if isinstance(tags, Sequence)
-        else (),
-        parent=str(taken["parent"]) if taken.get("parent") else None,
-        duration=decode_number(known.get("duration")),
-        bytes_written=int(decode_number(known.get("bytes_written")) or 0),
-        trust=decode_trust(taken.get("trust")),
+        tags=decode_tags(ours.get("tags")),
+        parent=ours["parent"].text if values.get("parent") else None,
+        duration=duration,
+        bytes_written=written,
+        trust=decode_trust(values.get("trust")),
         verified=decode_timestamp(verified) if verified is not None else None,
-        protected=taken.get("protected") is True,
-        size=taken["size"] if isinstance(taken.get("size"), int) else None,
-        digest=decode_digest(taken.get("digest")),
-        damaged=decode_ranges(taken.get("damaged")),
+        protected=values.get("protected") not in (None, False),
+        size=values["size"] if isinstance(values.get("size"), int) else None,
+        digest=decode_digest(values.get("digest")),
+        damaged=decode_ranges(values.get("damaged")),
         stats=stats,
-        extra=nodes,
+        extra=extra,
     )
 
 
-REVISION_KEYS = frozenset(
-    [
-        "uuid",
-        "timestamp",
-        "clock",
-        "parent",
-        "stats",
-        "tags",
-        "trust",
-        "verified",
-        "protected",
-        "size",
-        "digest",
-        "damaged",
-    ]
+REVISION_KEYS = (
+    *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
+    *("protected", "size", "digest", "damaged"),
 )
 
 
@@ -1782,10 +1774,39 @@ def decode_timestamp(value: object) -> datetime:
     return parsed
 
 
-def decode_number(value: object) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return value if value >= 0 else None
-    return None
+def decode_stats(node: Node | None) -> tuple[dict[str, Any], float | None, int]:
+    """What we do not know of `stats`, the duration of a complete revision, the bytes written.
+
+    A duration that is there but is none must not make a revision incomplete, for
+    those are removed: it is a ValueError.
+    """
+    if node is None:
+        return {}, None, 0
+    if not isinstance(node, Mapping):
+        raise ValueError("its stats are no mapping")
+    stats: dict[str, Any] = {key: value for key, (_, value) in node.entries.items()}
+    duration, written = stats.pop("duration", None), stats.pop("bytes_written", None)
+    return (
+        stats,
+        None if duration is None else decode_number(duration, "duration"),
+        0 if written is None else int(decode_number(written, "bytes_written")),
+    )
+
+
+def decode_number(node: Node, name: str) -> float:
+    value = resolve(node)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"its {name} is no number")
+    return value
+
+
+def decode_tags(node: Node | None) -> tuple[str, ...]:
+    if node is None or resolve(node) is None:
+        return ()
+    if not isinstance(node, Sequence) or not all(isinstance(tag, Scalar) for tag in node.items):
+        raise ValueError("its tags are no list of words")
+    return tuple(sorted({tag.text for tag in node.items}))
 
 
 def decode_trust(value: object) -> Trust:
@@ -1987,16 +2008,16 @@ class Repository:
 
         Raises NotFound, saying what there is.  Only a full id finds an incomplete one.
         """
-        for revision in self.revisions:
-            if revision.id == spec:
-                return revision
         complete = self.complete
-        if not complete:
-            raise NotFound(f"{self.name}: there is no complete revision yet")
-        if spec in ("last", "latest"):
+        if complete and spec in ("last", "latest"):
             return complete[-1]
         if re.fullmatch("[0-9]{1,9}", spec, re.ASCII) and int(spec) < len(complete):
             return complete[-1 - int(spec)]
+        for revision in self.revisions:
+            if revision.id == spec:
+                return revision
+        if not complete:
+            raise NotFound(f"{self.name}: there is no complete revision yet")
         tagged = [revision for revision in complete if spec in revision.tags]
         begun = [revision for revision in complete if spec and revision.id.startswith(spec)]
         if len(begun) > 1 or (tagged and begun and begun[0] != tagged[-1]):
@@ -2287,6 +2308,8 @@ class FileSource(Source):
     def parse(cls, words: str) -> dict[str, str]:
         if not words or "\0" in words:
             raise ConfigError("a file source is initialised with the path of an image")
+        if UNPRINTABLE.search(words):
+            raise ConfigError(f"{printable(words)!r}: no config can hold such characters")
         return {"filename": os.path.abspath(words), "type": "file"}
 
     @classmethod
@@ -2306,6 +2329,8 @@ class FileSource(Source):
                 raise BackyError(f"source {shown} is neither a file nor a block device")
             with explain(f"cannot examine source {shown}"):
                 still = StillFile(self.filename, fd)
+            if still.is_device and not still.size:
+                raise BackyError(f"source {shown} is a device without a medium")
             yield still
         finally:
             os.close(fd)
@@ -2403,11 +2428,12 @@ class Progress:
     """How far one pass over an image is.  `position` moves in worker threads."""
 
     current: Progress | None = None
+    silent = False  # standard error is the stream that carries an image
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.position = label, total, 0
         self.started = self.shown = time.monotonic()
-        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.on_terminal = not Progress.silent and sys.stderr.isatty()
         self.width = 0
 
     def __enter__(self) -> Progress:
@@ -2472,8 +2498,9 @@ def pass_over(
 def report_progress(*_: object) -> None:
     """On SIGUSR1."""
     line = Progress.current.line() if Progress.current else "between two steps"
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+    if not Progress.silent:
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode())
 
 
 # ==== Backup =================================================================
@@ -2541,9 +2568,9 @@ class Update:
             resized = offset // BLOCK + block in self.resized
             if block in changed or resized:
                 new[block] = block_digest(buffers.new[start:end])
-            if block in changed and not (resized or self.fresh or self.rehash):
-                if block_digest(buffers.old[start:end]) != digests[block]:
-                    self.parent_damage.append((offset + start, end - start))
+            comparable = block in changed and not (resized or self.fresh or self.rehash)
+            if comparable and block_digest(buffers.old[start:end]) != digests[block]:
+                self.parent_damage.append((offset + start, end - start))
         with explain(f"cannot write image at offset {offset}"):
             self.writer.update(buffers.new, offset, runs)
         with explain(f"cannot write digests for offset {offset}"):
@@ -2862,7 +2889,7 @@ class Backup:
         return check.bytes_read
 
     def distrust_parent(self, base: Base | None, damaged: tuple[tuple[int, int], ...]) -> None:
-        """Say that the parent's own bytes are not what its digests say; here they are written anew."""
+        """Say that the parent is not what its digests say; our copy of it is written anew."""
         if base is None or not damaged:
             return
         name = base.revision.id
@@ -3004,6 +3031,7 @@ def open_target(
 ) -> Target:
     """Open or create TARGET; refuses, before a byte is written, what must not be overwritten."""
     shown = printable(path)
+    refuse_revision(repository, path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, fd)
@@ -3014,11 +3042,12 @@ def open_target(
         raise BackyError(f"cannot create {shown}: {e.strerror}") from e
     with explain(f"cannot examine {shown}"):
         status = os.stat(path)
+    for below in files_below(status.st_rdev) if stat.S_ISBLK(status.st_mode) else ():
+        refuse_revision(repository, below)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise BackyError(
             f"{shown} is neither a file nor a block device", "for a pipe use - as TARGET"
         )
-    refuse_revision(repository, path)
     if not force:
         what = "a block device" if stat.S_ISBLK(status.st_mode) else "a file"
         raise BackyError(f"{shown} exists, it is {what}", "use --force to overwrite it")
@@ -3474,8 +3503,7 @@ def command(
 SPEC_HELP = (
     "number (0 is the newest), last, id or its beginning, tag, or ISO date or time (default: last)"
 )
-REVISION = argument("-r", "--revision", metavar="SPEC", default="last", help=SPEC_HELP)
-ONE_REVISION = argument("-r", "--revision", metavar="SPEC", required=True, help=SPEC_HELP)
+REVISION = argument("-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_HELP)
 FORCE = argument("-f", "--force", action="store_true", help="do it without asking")
 JSON = argument("--json", action="store_true", help="print JSON")
 
@@ -3528,10 +3556,10 @@ def parse_wait(text: str) -> float:
     ),
     argument(
         "--wait",
-        metavar="TIME",
+        metavar="[=TIME]",
         type=parse_wait,
         default=0,
-        help="wait for the lock, --wait or --wait=10m",
+        help="wait for the lock: --wait, or at most so long: --wait=10m",
     ),
     examples="backy -b /srv/backy/vm1 backup manual:before-upgrade",
 )
@@ -3669,7 +3697,7 @@ def unprotect(args: argparse.Namespace) -> None:
     set_protection(args, False)
 
 
-@command(ONE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
+@command(REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
 def forget(args: argparse.Namespace) -> None:
     """Delete a revision."""
     with Repository.open(args.directory) as repository:
@@ -3784,6 +3812,7 @@ def add_common_options(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", default=value(False), help="say more"
     )
+    parser.add_argument("--version", action="version", version=f"backy {__version__}")
 
 
 def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
@@ -3794,7 +3823,7 @@ def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
         epilog="backy help COMMAND explains a command.",
     )
     add_common_options(parser, None)
-    parser.add_argument("--version", action="version", version=f"backy {__version__}")
+    parser.add_argument("-r", "--revision", metavar="SPEC", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     parsers = {}
     for name, one in COMMANDS.items():
@@ -3839,7 +3868,7 @@ def choose_log(args: argparse.Namespace) -> None:
     """Start the log, but never into the stream that carries an image."""
     path, quiet = args.logfile, False
     if args.command == "restore" and args.target == "-":
-        quiet = same_file(2, 1)
+        quiet = Progress.silent = same_file(2, 1)
         if path and same_file(path, 1):
             path = None
     start_log(path, args.verbose, quiet)
@@ -3883,18 +3912,31 @@ def run_command(args: argparse.Namespace) -> int:
         return 1
 
 
+def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """-r may stand before the command too; without it the last is meant, but not to delete."""
+    if args.revision is not None and REVISION not in COMMANDS[args.command].arguments:
+        parser.error(f"{args.command} takes no -r")
+    if args.revision is None and args.command == "forget":
+        parser.error("forget needs -r SPEC")
+    if args.revision is None:
+        args.revision = "last"
+
+
 def main(argv: ListLike[str] | None = None) -> int:
     """Run backy with `argv`; the exit status."""
     repair_descriptors()
     os.umask(0o077)
     words = list(sys.argv[1:] if argv is None else argv)
-    words = ["--wait=forever" if word == "--wait" else word for word in words]
-    parser, _ = make_parser()
+    for at, word in enumerate(words):
+        if word == "--wait" and words[at - 1 : at] not in (["-b"], ["-l"], ["-r"]):
+            words[at] = "--wait=forever"  # argparse would take the next word for the time
+    parser, parsers = make_parser()
     try:
         args = parser.parse_args(words)
         if not args.command:
             output(parser.format_help())
             return 0
+        choose_revision(args, parsers[args.command])
     except BackyError as e:
         sys.stderr.write(f"backy: {e}\n")
         return e.status
