@@ -1192,13 +1192,19 @@ def open_directory(path: str) -> int:
         raise BackyError(f"cannot open directory {printable(path)}: {e.strerror}") from e
 
 
+def close(fd: int) -> None:
+    """Close `fd`; an error here says nothing that an fsync has not said before."""
+    with suppress(OSError):
+        os.close(fd)
+
+
 def list_directory(dir_fd: int) -> list[str]:
     """All names, sorted; through a new descriptor, since one kept open is stale on btrfs."""
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
     try:
         return sorted(os.listdir(fd))
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def file_type(dir_fd: int, name: str) -> int:
@@ -1214,7 +1220,7 @@ def open_regular(dir_fd: int, name: str, flags: int = os.O_RDONLY, mode: int = 0
     fd = os.open(name, flags | NOFOLLOW, mode, dir_fd=dir_fd)
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
-    os.close(fd)
+    close(fd)
     raise OSError(errno.EINVAL, "not a regular file")
 
 
@@ -1230,7 +1236,7 @@ def read_small(dir_fd: int, name: str, limit: int = MiB) -> bytes:
             data += piece
         raise OSError(errno.EFBIG, f"larger than {format_size(limit)}")
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def sync(fd: int) -> None:
@@ -1287,7 +1293,7 @@ def replace_file(dir_fd: int, name: str, data: bytes, mode: int) -> None:
             if os.pread(fd, len(data) + 1, 0) != data:
                 raise OSError(errno.EIO, "what was read back is not what was written")
         finally:
-            os.close(fd)
+            close(fd)
         os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
         with suppress(OSError):
@@ -1933,7 +1939,7 @@ class Repository:
         return repository
 
     def close(self) -> None:
-        os.close(self.dir_fd)
+        close(self.dir_fd)
 
     def __enter__(self) -> Repository:
         return self
@@ -2058,7 +2064,7 @@ class Repository:
                 write_all(fd, holder.encode(), 0)
             yield
         finally:
-            os.close(fd)
+            close(fd)
 
     @contextmanager
     def metadata_lock(self) -> Iterator[None]:
@@ -2071,7 +2077,7 @@ class Repository:
             self.load()
             yield
         finally:
-            os.close(fd)
+            close(fd)
 
     def open_image(self, revision: Revision) -> int:
         """A descriptor for reading the image, which cannot be removed while it is open."""
@@ -2080,7 +2086,7 @@ class Repository:
             take_lock(fd, exclusive=False, wait=True)
             if os.fstat(fd).st_nlink:
                 return fd
-            os.close(fd)
+            close(fd)
             raise FileNotFoundError(errno.ENOENT, "it has just been removed")
         except OSError as e:
             raise BackyError(f"{self.name}: cannot open image {revision.id}: {e.strerror}") from e
@@ -2097,7 +2103,7 @@ class Repository:
             sums = Sums(fd, revision.size or 0)
             sums.check(revision.digest)
         except BaseException:
-            os.close(fd)
+            close(fd)
             raise
         return fd, sums
 
@@ -2144,7 +2150,7 @@ class Repository:
             with suppress(FileNotFoundError, PermissionError):
                 if file_type(self.dir_fd, revision.id) == stat.S_IFREG:
                     fd = open_regular(self.dir_fd, revision.id)
-                    stack.callback(os.close, fd)
+                    stack.callback(close, fd)
                     if not take_lock(fd):
                         raise Busy(f"{self.name}: {revision.id} is being read")
             self.revisions = [one for one in self.revisions if one.id != revision.id]
@@ -2194,12 +2200,14 @@ class Repository:
     def check_presence(self) -> None:
         """Raise BackyError unless this directory is still where it was opened."""
         try:
-            there = os.path.samestat(
-                os.stat(self.path, follow_symlinks=False), os.fstat(self.dir_fd)
-            )
-        except OSError:
+            held = os.fstat(self.dir_fd)
+            there = os.path.samestat(os.stat(self.path, follow_symlinks=False), held)
+        except (FileNotFoundError, NotADirectoryError):
             there = False
-        if not there or not os.fstat(self.dir_fd).st_nlink:
+        except OSError as e:
+            log.warning("%s: cannot examine the directory: %s", self.name, e.strerror)
+            return
+        if not there or not held.st_nlink:
             raise BackyError(
                 f"{self.name}: the directory {printable(self.path)} was moved or deleted"
             )
@@ -2333,7 +2341,7 @@ class FileSource(Source):
                 raise BackyError(f"source {shown} is a device without a medium")
             yield still
         finally:
-            os.close(fd)
+            close(fd)
 
 
 class VerifyMode(Enum):
@@ -2415,7 +2423,7 @@ def initialise(path: str, kind: str, words: str) -> None:
         with explain(f"cannot write {printable(path)}/config"):
             replace_file(dir_fd, "config", format_yaml(config, flow=True).encode(), 0o600)
     finally:
-        os.close(dir_fd)
+        close(dir_fd)
 
 
 # ==== Progress ===============================================================
@@ -2672,7 +2680,7 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
         return None
     revision = (good or usable)[-1]
     image_fd = repository.open_image(revision)
-    stack.callback(os.close, image_fd)
+    stack.callback(close, image_fd)
     if not good:
         log.warning("%s: parent %s is distrusted, all is compared", repository.name, revision.id)
         return Base(revision, image_fd, None)
@@ -2682,7 +2690,7 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
         if revision.digest:
             log.warning("%s: digests of %s are damaged: %s", repository.name, revision.id, e)
         return Base(revision, image_fd, None)
-    stack.callback(os.close, sums_fd)
+    stack.callback(close, sums_fd)
     return Base(revision, image_fd, sums_fd)
 
 
@@ -2750,7 +2758,7 @@ class Backup:
                 sums.prepare()
                 # a second descriptor, for reading past the cache
                 old_fd = open_regular(self.repository.dir_fd, revision.id)
-                stack.callback(os.close, old_fd)
+                stack.callback(close, old_fd)
             reader = Reader(old_fd, still.size, True)
             resized = base is not None and base.revision.size != still.size
             update = Update(
@@ -2786,7 +2794,7 @@ class Backup:
     def create(self, name: str, stack: ExitStack) -> int:
         with explain(f"{self.name}: cannot create {name}"):
             fd = open_regular(self.repository.dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        stack.callback(os.close, fd)
+        stack.callback(close, fd)
         return fd
 
     def clone(self, base: Base, image_fd: int, sums_fd: int, size: int) -> bool:
@@ -2903,11 +2911,10 @@ class Backup:
             log.warning("%s (this is not recorded)", e)
 
     def discard(self, revision: Revision) -> None:
-        """Leave nothing of a revision that did not become complete."""
+        """Leave nothing of a revision that did not become complete for certain."""
         try:
             with self.repository.metadata_lock():
-                current = [one for one in self.repository.revisions if one.id == revision.id]
-                if current and not current[0].is_complete:
+                if any(one.id == revision.id for one in self.repository.revisions):
                     self.repository.remove(revision)
         except BackyError as e:
             log.warning("%s: cannot clear up after the failure: %s", self.name, e)
@@ -2945,7 +2952,7 @@ class CheckedImage:
         if revision.problem:
             raise Distrusted(f"{repository.name}: {revision.id}: {revision.problem}")
         fd = repository.open_image(revision)
-        stack.callback(os.close, fd)
+        stack.callback(close, fd)
         self.revision, self.size = revision, os.fstat(fd).st_size
         self.fd, self.reader = fd, Reader(fd, self.size, True)
         self.sums: Sums | None = None
@@ -2953,7 +2960,7 @@ class CheckedImage:
         self.damaged: list[tuple[int, int]] = []
         try:
             sums_fd, self.sums = repository.open_sums(replace(revision, size=self.size))
-            stack.callback(os.close, sums_fd)
+            stack.callback(close, sums_fd)
         except Damaged as e:
             self.unchecked = "it is incomplete"
             if revision.digest:
@@ -3034,7 +3041,7 @@ def open_target(
     refuse_revision(repository, path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, fd)
+        stack.callback(close, fd)
         return Target(path, fd, True)
     except FileExistsError:
         pass
@@ -3060,7 +3067,7 @@ def open_target(
         if e.errno in (errno.EBUSY, errno.ETXTBSY):
             raise Busy(f"{shown} is in use: it is mounted or held open") from e
         raise BackyError(f"cannot open {shown}: {e.strerror}") from e
-    stack.callback(os.close, fd)
+    stack.callback(close, fd)
     target = Target(path, fd, False)
     if not target.is_device:
         refuse_used_file(fd, shown)
@@ -3117,7 +3124,7 @@ class Restore:
                 os.ftruncate(self.target.fd, self.image.size)
             if not self.target.is_new:
                 fd = os.open(f"/proc/self/fd/{self.target.fd}", os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
+                stack.callback(close, fd)
                 self.old = Reader(fd, self.image.size, not is_cached(fd, self.image.size))
 
     def unit(self, offset: int, buffers: Buffers) -> None:
@@ -3191,7 +3198,7 @@ def sync_parent(path: str) -> None:
     try:
         sync(fd)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def announce(repository: Repository, image: CheckedImage) -> None:
@@ -3314,11 +3321,11 @@ def probe_file_system(directory: str) -> dict[str, bool]:
     """What backups in `directory` can count on, tried with two small files there."""
     with ExitStack() as stack:
         dir_fd = open_directory(directory)
-        stack.callback(os.close, dir_fd)
+        stack.callback(close, dir_fd)
         fds = []
         for name in ("probe-a", "probe-b"):
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=dir_fd)
-            stack.callback(os.close, fd)
+            stack.callback(close, fd)
             stack.callback(os.unlink, name, dir_fd=dir_fd)
             fds.append(fd)
         write_all(fds[0], b"\1" * (2 * BLOCK), 0)
@@ -3417,7 +3424,7 @@ class Selftest:
             fat_disk(fd, self.SIZE, files)
             sync(fd)
         finally:
-            os.close(fd)
+            close(fd)
         return self.digest(self.disk)
 
     @staticmethod
