@@ -1473,8 +1473,11 @@ class Writer:
             if not (zero and self.punch(offset + start, end - start)):
                 write_all(self.fd, new[start:end], offset + start)
                 written += end - start
-        if runs:
-            drop_cache(self.fd, offset, UNIT)  # starts the writing, so that the fsync is short
+        if (
+            runs
+        ):  # start the writing, so that the fsync is short; what was started before is clean now
+            drop_cache(self.fd, offset, UNIT)
+            drop_cache(self.fd, max(0, offset - 32 * UNIT), UNIT)
         with self.lock:
             self.bytes_written += written
 
@@ -1688,6 +1691,7 @@ class Revision:
     damaged: tuple[tuple[int, int], ...] = ()
     stats: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()  # the keys of ours that the file had
     problem: str = ""  # why its image is of no use; found when the directory is read
 
     @property
@@ -1755,6 +1759,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
         damaged=decode_ranges(values.get("damaged")),
         stats=stats,
         extra=extra,
+        known=frozenset(ours),
     )
 
 
@@ -1968,6 +1973,7 @@ class Repository:
             if file_type(self.dir_fd, f"{name}.rev") == stat.S_IFLNK:
                 raise ValueError("it is a symbolic link")
             revision = decode_revision(read_small(self.dir_fd, f"{name}.rev"), name)
+            self.refuse_doubtful(revision)
         except FileNotFoundError:
             return  # removed since the directory was listed
         except (ValueError, ArithmeticError, OSError) as e:
@@ -1981,6 +1987,20 @@ class Repository:
         if isinstance(kind, Scalar) and kind.text == "chunked":
             raise BackyError(f"{self.name}: this directory {CHUNKED}")
         self.revisions.append(self.with_image(revision))
+
+    def refuse_doubtful(self, revision: Revision) -> None:
+        """Raise ValueError for what was complete but has no duration: it must not be swept."""
+        if revision.is_complete:
+            return
+        ours = "clock" in revision.known
+        name = (
+            f"{revision.id}.rev" if ours else revision.id
+        )  # what is read-only once it is complete
+        kind, mode = file_type(self.dir_fd, name), 0o600
+        if kind == stat.S_IFREG:
+            mode = os.stat(name, dir_fd=self.dir_fd, follow_symlinks=False).st_mode
+        if revision.digest or revision.verified or revision.size is not None or not mode & 0o200:
+            raise ValueError("it was complete and has lost its duration")
 
     def with_image(self, revision: Revision) -> Revision:
         """`revision` with the size of its image, or with what is wrong with that."""
@@ -2576,15 +2596,26 @@ class Update:
             resized = offset // BLOCK + block in self.resized
             if block in changed or resized:
                 new[block] = block_digest(buffers.new[start:end])
-            comparable = block in changed and not (resized or self.fresh or self.rehash)
-            if comparable and block_digest(buffers.old[start:end]) != digests[block]:
-                self.parent_damage.append((offset + start, end - start))
+            if block in changed and not (resized or self.fresh or self.rehash):
+                self.look_at_parent(buffers.old[start:end], offset + start, digests[block])
         with explain(f"cannot write image at offset {offset}"):
             self.writer.update(buffers.new, offset, runs)
         with explain(f"cannot write digests for offset {offset}"):
-            if new != digests:
-                self.sums.write(offset, new)
+            for block, digest in enumerate(new):
+                if digest != digests[block]:  # never write again what was only read
+                    self.sums.write(offset + block * BLOCK, [digest])
         self.note(offset, changed, new)
+
+    def look_at_parent(self, old: memoryview, offset: int, digest: bytes) -> None:
+        """Note a block of the parent that is not what its digest says, now and when read again."""
+        if block_digest(old) == digest:
+            return
+        again = memoryview(mmap.mmap(-1, BLOCK))
+        lost = self.old.salvage(again, offset, len(old))
+        with explain(f"cannot read digests for offset {offset}"):
+            digest = self.sums.read(offset, len(old))[0]
+        if lost or block_digest(again[: len(old)]) != digest:
+            self.parent_damage.append((offset, len(old)))
 
     def read_source(self, view: memoryview, offset: int, length: int) -> None:
         try:
@@ -2777,7 +2808,7 @@ class Backup:
             finally:
                 self.distrust_parent(base, join_ranges(update.parent_damage))
             digest = self.settle(image_fd, sums_fd, sums)
-            proven = self.prove(update, reader)
+            proven = self.prove(update, reader, digest)
         everything = not update.by_digest
         stats = {**revision.stats, "verification": "full" if everything else "written"}
         stats["bytes_verified"] = still.size if everything else proven
@@ -2874,7 +2905,7 @@ class Backup:
             sync(self.repository.dir_fd)
         return digest
 
-    def prove(self, update: Update, reader: Reader) -> int:
+    def prove(self, update: Update, reader: Reader, digest: str) -> int:
         """Read back what was written; raises Distrusted where that is not what it should be."""
         log.info(
             "%s: performing %s verification", self.name, "partial" if update.by_digest else "full"
@@ -2884,15 +2915,18 @@ class Backup:
             label = f"{self.name} (reading back)"
             pass_over(label, reader.size, update.written_units(), check.unit)
         with explain(f"{self.name}: cannot examine the image"):
-            sizes = os.fstat(update.writer.fd).st_size, os.fstat(update.sums.fd).st_size
-        wanted = (reader.size, sums_header.size + DIGEST * -(-reader.size // BLOCK))
+            size = os.fstat(update.writer.fd).st_size
+        try:
+            update.sums.check(digest)
+        except Damaged as e:
+            raise Distrusted(f"{self.name}: verification failed: digests: {e}") from e
         if check.bad:
             raise Distrusted(
                 f"{self.name}: verification failed: the medium returns other bytes than were "
                 f"written at offset {', '.join(map(str, sorted(check.bad)[:10]))}",
                 "the disk, its cable or its controller may be failing; look at dmesg",
             )
-        if check.found != update.expected or sizes != wanted:
+        if check.found != update.expected or size != reader.size:
             raise Distrusted(f"{self.name}: verification failed: writes have been lost")
         return check.bytes_read
 
@@ -2925,8 +2959,8 @@ class Backup:
             with self.repository.metadata_lock():
                 with explain(f"{self.name}: cannot point last to {revision.id}"):
                     self.repository.point_last()
-        except BackyError as e:
-            log.warning("%s", e)
+        except (BackyError, MemoryError) as e:
+            log.warning("%s", e or "out of memory")
         self.repository.check_presence()
         log.info(
             "%s: revision %s complete: %s, %s written, in %.1f s",
@@ -3708,7 +3742,7 @@ def unprotect(args: argparse.Namespace) -> None:
 def forget(args: argparse.Namespace) -> None:
     """Delete a revision."""
     with Repository.open(args.directory) as repository:
-        revision = repository.find(args.revision)
+        revision = find_for_removal(repository, args.revision)
         may_forget(repository, revision)
         if not args.force:
             confirm(
@@ -3718,10 +3752,22 @@ def forget(args: argparse.Namespace) -> None:
             if not revision.is_complete:  # perhaps it is just being made
                 stack.enter_context(repository.job_lock("forget"))
             stack.enter_context(repository.metadata_lock())
-            revision = repository.find(revision.id)
+            revision = find_for_removal(repository, revision.id)
             may_forget(repository, revision)
             repository.remove(revision)
         log.info("%s: %s is deleted", repository.name, revision.id)
+
+
+def find_for_removal(repository: Repository, spec: str) -> Revision:
+    """Like find(), but only a full id counts while there is metadata that cannot be read."""
+    revision = repository.find(spec)
+    if repository.problems and spec != revision.id:
+        names = printable(", ".join(name for name, _ in repository.problems))
+        raise BackyError(
+            f"{repository.name}: cannot read {names}, so {printable(spec)!r} may mean another one",
+            "name the revision by its full id",
+        )
+    return revision
 
 
 def may_forget(repository: Repository, revision: Revision) -> None:
@@ -3736,9 +3782,6 @@ def may_forget(repository: Repository, revision: Revision) -> None:
             f"{repository.name}: {revision.id} is the only good revision",
             "make another backup first",
         )
-    if repository.problems:
-        names = ", ".join(name for name, _ in repository.problems)
-        log.warning("%s: unreadable and left alone: %s", repository.name, printable(names))
 
 
 def confirm(question: str) -> None:
@@ -3875,7 +3918,7 @@ def choose_log(args: argparse.Namespace) -> None:
     """Start the log, but never into the stream that carries an image."""
     path, quiet = args.logfile, False
     if args.command == "restore" and args.target == "-":
-        quiet = Progress.silent = same_file(2, 1)
+        quiet = Progress.silent = same_file(2, 1) and not os.isatty(1)
         if path and same_file(path, 1):
             path = None
     start_log(path, args.verbose, quiet)
@@ -3921,6 +3964,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """-r may stand before the command too; without it the last is meant, but not to delete."""
+    if any(isinstance(value, list) for value in vars(args).values()):
+        parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
     if args.revision is not None and REVISION not in COMMANDS[args.command].arguments:
         parser.error(f"{args.command} takes no -r")
     if args.revision is None and args.command == "forget":
