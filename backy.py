@@ -108,7 +108,9 @@ def explain(attempt: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise BackyError(f"{attempt}: {e.strerror or e}") from e
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room: backy forget, or whatever else is there" if full else ""
+        raise BackyError(f"{attempt}: {e.strerror or e}", hint) from e
 
 
 # ==== Log ====================================================================
@@ -152,8 +154,8 @@ class FileForm(logging.Formatter):
         super().__init__("%(asctime)s [%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
-def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> None:
-    """Log to `path` (errors also to standard error), or to standard error.
+def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> bool:
+    """Log to `path` (errors also to standard error) and return True, or to standard error.
 
     A file that cannot be opened costs a warning, never the work.  It is opened
     again when it was renamed, so logrotate needs no signal.
@@ -166,17 +168,18 @@ def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> No
     terminal.setFormatter(TerminalForm())
     log.addHandler(terminal)
     if path is None:
-        return
+        return False
     from logging.handlers import WatchedFileHandler
 
     try:
         handler = WatchedFileHandler(path, encoding="utf-8")
     except OSError as e:
         log.warning("cannot open log file %s: %s", printable(path), e.strerror)
-        return
+        return False
     handler.setFormatter(FileForm())
     terminal.setLevel(logging.ERROR)
     log.addHandler(handler)
+    return True
 
 
 def output(text: str) -> None:
@@ -1709,6 +1712,8 @@ class Revision:
 def parse_tags(text: str) -> tuple[str, ...]:
     """The tags of a comma list, sorted.  Raises BackyError for what can be no tag."""
     tags = sorted({tag.strip() for tag in text.split(",")})
+    if "" in tags:
+        raise BackyError(f"an empty tag in {printable(text)!r}")
     for tag in tags:
         if not TAG.fullmatch(tag):
             allowed = "letters, digits and : . _ + -, beginning with a letter or digit, at most 64"
@@ -2045,7 +2050,9 @@ class Repository:
         if not complete:
             raise NotFound(f"{self.name}: there is no complete revision yet")
         tagged = [revision for revision in complete if spec in revision.tags]
-        begun = [revision for revision in complete if spec and revision.id.startswith(spec)]
+        begun = [one for one in complete if spec and one.id.startswith(spec)]
+        if spec.isdigit():
+            begun = []  # a number that is out of range must not become another revision
         if len(begun) > 1 or (tagged and begun and begun[0] != tagged[-1]):
             found = ", ".join(str(revision) for revision in [*tagged[-1:], *begun][:10])
             raise NotFound(f"{self.name}: {printable(spec)!r} is ambiguous: {found}")
@@ -2434,6 +2441,8 @@ def initialise(path: str, kind: str, words: str) -> None:
             f"no source type {printable(kind)!r}{suggestion(kind, types)}; there are: {there}"
         )
     config = types[kind].parse(words)
+    if "filename" in config and not os.path.exists(config["filename"]):
+        log.warning("there is no %s yet", printable(config["filename"]))
     with explain(f"cannot create {printable(path)}"):
         os.makedirs(path, 0o700, exist_ok=True)
     dir_fd = open_directory(path)
@@ -2780,7 +2789,7 @@ class Backup:
             image_fd, sums_fd = (
                 self.create(name, stack) for name in (revision.id, f"{revision.id}.sums")
             )
-            cloned = base is not None and self.clone(base, image_fd, sums_fd, still.size)
+            cloned = self.clone(base, image_fd, sums_fd)
             rehash = not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
                 if os.fstat(image_fd).st_size != still.size:
@@ -2828,16 +2837,19 @@ class Backup:
         stack.callback(close, fd)
         return fd
 
-    def clone(self, base: Base, image_fd: int, sums_fd: int, size: int) -> bool:
+    def clone(self, base: Base | None, image_fd: int, sums_fd: int) -> bool:
         """Let the new image share the parent's extents; False, and a warning, where it cannot."""
         try:
-            with explain(f"{self.name}: cannot clone {base.revision.id}"):
+            with explain(f"{self.name}: cannot clone"):
+                if base is None:
+                    clone_file(sums_fd, image_fd)  # both are empty: only to know whether it works
+                    return False
                 self.clone_one(base.image_fd, image_fd)
                 if base.sums_fd is not None:
                     self.clone_one(base.sums_fd, sums_fd)
         except CloneUnsupported:
             log.warning(
-                "%s: this file system cannot share extents: the whole image is written again "
+                "%s: this file system cannot share extents: every revision is a full copy "
                 "(keep backups on btrfs, or on XFS made with reflink=1)",
                 self.name,
             )
@@ -3541,10 +3553,12 @@ def command(
     return register
 
 
-SPEC_HELP = (
-    "number (0 is the newest), last, id or its beginning, tag, or ISO date or time (default: last)"
-)
+SPEC_WORDS = "number (0 is the newest), last, id or its beginning, tag, or ISO date or time"
+SPEC_HELP = f"{SPEC_WORDS} (default: last)"
 REVISION = argument("-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_HELP)
+THE_REVISION = argument(
+    "-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_WORDS
+)
 FORCE = argument("-f", "--force", action="store_true", help="do it without asking")
 JSON = argument("--json", action="store_true", help="print JSON")
 
@@ -3643,6 +3657,8 @@ def status_row(revision: Revision) -> list[str]:
         tags = f"{tags} (incomplete)".strip()
     elif revision.problem:
         tags = f"{tags} (no image)".strip()
+    elif revision.trust is Trust.DISTRUSTED:
+        tags = f"{tags} (distrusted)".strip()
     durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
     size = format_size(revision.bytes_written)
     return [format_time(revision.timestamp), revision.id, size, durat, tags]
@@ -3738,7 +3754,7 @@ def unprotect(args: argparse.Namespace) -> None:
     set_protection(args, False)
 
 
-@command(REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
+@command(THE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
 def forget(args: argparse.Namespace) -> None:
     """Delete a revision."""
     with Repository.open(args.directory) as repository:
@@ -3805,9 +3821,8 @@ def selftest(args: argparse.Namespace) -> None:
     try:
         directory = tempfile.mkdtemp(prefix="backy-selftest-", dir=args.place)
     except OSError as e:
-        raise BackyError(
-            f"cannot make a temporary directory: {e.strerror}", "name one: selftest DIR"
-        ) from e
+        where = printable(args.place or tempfile.gettempdir())
+        raise BackyError(f"cannot make a directory in {where}: {e.strerror}") from e
     try:
         log.setLevel(logging.ERROR)
         Selftest(os.path.realpath(directory)).run()
@@ -3914,14 +3929,14 @@ def same_file(path: str | int, fd: int) -> bool:
     return False
 
 
-def choose_log(args: argparse.Namespace) -> None:
+def choose_log(args: argparse.Namespace) -> bool:
     """Start the log, but never into the stream that carries an image."""
     path, quiet = args.logfile, False
     if args.command == "restore" and args.target == "-":
         quiet = Progress.silent = same_file(2, 1) and not os.isatty(1)
         if path and same_file(path, 1):
             path = None
-    start_log(path, args.verbose, quiet)
+    return start_log(path, args.verbose, quiet)
 
 
 def raise_stopped(number: int, _: object) -> None:
@@ -3966,7 +3981,7 @@ def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     """-r may stand before the command too; without it the last is meant, but not to delete."""
     if any(isinstance(value, list) for value in vars(args).values()):
         parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
-    if args.revision is not None and REVISION not in COMMANDS[args.command].arguments:
+    if args.revision is not None and "-r SPEC" not in parser.format_usage():
         parser.error(f"{args.command} takes no -r")
     if args.revision is None and args.command == "forget":
         parser.error("forget needs -r SPEC")
@@ -3996,11 +4011,11 @@ def main(argv: ListLike[str] | None = None) -> int:
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     catch_signals()
-    choose_log(args)
-    if args.logfile:
+    to_file = choose_log(args)
+    if to_file:
         log.info("$ %s", printable(" ".join(["backy", *words])))
     status = run_command(args)
-    if args.logfile:
+    if to_file:
         log.info("Backy operation %s.", "failed" if status else "complete")
     return status
 
