@@ -1130,19 +1130,26 @@ def drop_cache(fd: int, offset: int = 0, length: int = 0) -> None:
 
 
 def is_cached(fd: int, size: int) -> bool:
-    """Whether most of the file is in the page cache, by a sample of 64 places."""
+    """Whether most of the file is in the page cache, by a sample of 64 places.
+
+    To ask for a page that is not there makes the kernel read it: another place
+    each time, and forgotten afterwards, or the next answer would be wrong.
+    """
     if not size:
         return True
-    probe = bytearray(1)
-    hits = 0
-    for place in range(64):
+    probe, missed = bytearray(1), []
+    for number in os.urandom(8 * 64)[::8]:
+        place = (size * number + int.from_bytes(os.urandom(8), "big") % size) // 256
         try:
-            hits += os.preadv(fd, [probe], size * place // 64, os.RWF_NOWAIT)
+            if os.preadv(fd, [probe], place, os.RWF_NOWAIT) == 0:
+                missed.append(place)
         except BlockingIOError:
-            continue
+            missed.append(place)
         except OSError:  # no such call on this file system: leave its cache alone
             return True
-    return hits > 32
+    for place in missed:
+        drop_cache(fd, place - place % PAGE, PAGE)
+    return len(missed) < 32
 
 
 def device_writes(number: int) -> tuple[str, ...]:
@@ -2975,7 +2982,8 @@ class Backup:
                     self.repository.point_last()
         except (BackyError, MemoryError) as e:
             log.warning("%s", e or "out of memory")
-        self.repository.check_presence()
+        with suppress(MemoryError):
+            self.repository.check_presence()
         log.info(
             "%s: revision %s complete: %s, %s written, in %.1f s",
             self.name,
@@ -3984,7 +3992,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """-r may stand before the command too; without it the last is meant, but not to delete."""
-    if any(isinstance(value, list) for value in vars(args).values()):
+    if any(isinstance(one, list) for one in (args.directory, args.logfile, args.revision)):
         parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
     if args.revision is not None and "-r SPEC" not in parser.format_usage():
         parser.error(f"{args.command} takes no -r")
