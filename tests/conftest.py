@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pty
 import random
 import shutil
 import signal
@@ -58,11 +59,11 @@ MKFS = {
 class FileSystem:
     """A file system of its own in a sparse file, mounted by a loop device."""
 
-    def __init__(self, kind: str, size: int = 2048 * MiB) -> None:
+    def __init__(self, kind: str, size: int = 2048 * MiB, where: object = None) -> None:
         need_root()
         need_tool(MKFS[kind][0])
         self.kind = kind
-        self.top = Path(tempfile.mkdtemp(prefix=f"backy-test-{kind}-", dir=scratch()))
+        self.top = Path(tempfile.mkdtemp(prefix=f"backy-test-{kind}-", dir=where or scratch()))
         self.disk, self.path = self.top / "disk", self.top / "mnt"
         self.path.mkdir()
         with open(self.disk, "wb") as file:
@@ -70,8 +71,8 @@ class FileSystem:
         command(*MKFS[kind], self.disk)
         self.mount()
 
-    def mount(self, *options: str) -> None:
-        command("mount", "-o", ",".join(("loop", *options)), self.disk, self.path)
+    def mount(self, *options: str, disk: object = None) -> None:
+        command("mount", "-o", ",".join(("loop", *options)), disk or self.disk, self.path)
 
     def unmount(self) -> None:
         command("umount", self.path)
@@ -141,12 +142,12 @@ def new_file_system():
     """A function that makes and mounts a file system which is this test's own."""
     made: list[FileSystem] = []
 
-    def make(kind: str, size: int = 2048 * MiB) -> FileSystem:
-        made.append(FileSystem(kind, size))
+    def make(kind: str, size: int = 2048 * MiB, where: object = None) -> FileSystem:
+        made.append(FileSystem(kind, size, where))
         return made[-1]
 
     yield make
-    for one in made:
+    for one in reversed(made):
         one.close()
 
 
@@ -210,6 +211,23 @@ def backy_process(*words: object, python: str = sys.executable, **options):
     return subprocess.run([python, str(PROGRAM), *map(str, words)], check=False, **options)
 
 
+def on_terminal(*words: object, typed: str = "", streams=("stdin", "stderr")):
+    """Run backy with `streams` on a terminal: its status and what the terminal has seen."""
+    ours, theirs = pty.openpty()
+    given = {name: subprocess.PIPE for name in ("stdout", "stderr")}
+    given.update({name: theirs for name in streams})
+    process = subprocess.Popen([sys.executable, str(PROGRAM), *map(str, words)], **given)
+    os.close(theirs)
+    os.write(ours, typed.encode())
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO once nobody else has it open
+        while True:
+            seen += os.read(ours, 65536)
+    os.close(ours)
+    process.communicate(timeout=60)
+    return process.returncode, seen.decode()
+
+
 # -- images -------------------------------------------------------------------
 
 
@@ -252,9 +270,70 @@ def job(cow, source, run):
     return cow / "job"
 
 
+@pytest.fixture
+def plain_job(tmp_path, source, run):
+    """A job directory for `source`, without a revision, where temporary files are."""
+    assert run("-b", tmp_path / "job", "init", "file", source).status == 0
+    return tmp_path / "job"
+
+
 def revisions(job: Path) -> list[backy.Revision]:
     with backy.Repository.open(str(job)) as repository:
         return repository.revisions
+
+
+def plant(job: Path, name: str, text: str, image: bytes | None = b"image\n") -> None:
+    """Write `{name}.rev` with `text` behind its uuid, and an image unless that is None."""
+    (job / f"{name}.rev").write_text(f"uuid: {name}\n{text}")
+    if image is not None:
+        (job / name).write_bytes(image)
+
+
+def contents(directory: Path) -> dict[str, object]:
+    """Everything in a directory as it stands; two of them are equal when nothing changed."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.name == ".lock" and path.is_file():
+            continue
+        if path.is_symlink():
+            found[path.name] = os.readlink(path)
+        elif path.is_file():
+            found[path.name] = (path.stat().st_ino, path.stat().st_mode, path.read_bytes())
+        else:
+            found[path.name] = path.stat().st_mode
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    """Damage one byte of a file, whatever its mode."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        (byte,) = os.pread(fd, 1, offset)
+        os.pwrite(fd, bytes([byte ^ 0x5A]), offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """A function that lets `event` happen once, at the n-th positional read of the program."""
+
+    def at_read(number: int, event) -> list:
+        happened: list = []
+        calls = iter(range(1, 1 << 30))
+        real = os.preadv
+
+        def preadv(fd, buffers, offset, flags=0):
+            if not flags and next(calls) == number:
+                happened.append(True)
+                event()
+            return real(fd, buffers, offset, flags)
+
+        monkeypatch.setattr(backy.os, "preadv", preadv)
+        return happened
+
+    return at_read
 
 
 def shared_bytes(path: Path) -> int:
@@ -265,3 +344,17 @@ def shared_bytes(path: Path) -> int:
 
 def allocated_bytes(path: Path) -> int:
     return path.stat().st_blocks * 512
+
+
+# -- what was found -----------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say at how many points the program was broken, and with what success."""
+    figures = getattr(sys.modules.get("faults"), "FIGURES", [])
+    if figures:
+        terminalreporter.section("points at which backy was killed, failed or cut off")
+        figures = [*figures, ("in all", *map(sum, zip(*(one[1:] for one in figures))))]
+        for name, points, violations, seconds in figures:
+            line = f"{points:6} points  {violations} violations  {seconds:6.1f} s  {name}"
+            terminalreporter.write_line(line)
