@@ -1074,6 +1074,21 @@ FS_XFLAG_COWEXTSIZE = 0x00010000
 
 PAGE = 4 * KiB
 
+# linux/fs.h: FICLONERANGE = _IOW(0x94, 13, struct file_clone_range)
+FICLONERANGE = 0x4020940D
+file_clone_range = struct.Struct("=qQQQ")  # src_fd, src_offset, src_length, dest_offset
+# linux/fs.h: FIDEDUPERANGE = _IOWR(0x94, 54, struct file_dedupe_range), with one destination
+FIDEDUPERANGE = 0xC0189436
+file_dedupe_range = struct.Struct("=QQHHI qQQiI")  # offset, length, count; fd, offset, done, status
+# linux/fiemap.h: FS_IOC_FIEMAP = _IOWR('f', 11, struct fiemap)
+FS_IOC_FIEMAP = 0xC020660B
+fiemap = struct.Struct("=QQIIII")  # start, length, flags, mapped_extents, extent_count
+fiemap_extent = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
+FIEMAP_FLAG_SYNC = 1
+FIEMAP_EXTENT_LAST = 1
+# unknown, delayed, encoded, encrypted, not aligned, inline, tail: no address to compare
+FIEMAP_EXTENT_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
+
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 
@@ -1088,6 +1103,79 @@ def clone_file(origin_fd: int, target_fd: int) -> None:
         if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
             raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
         raise
+
+
+def clone_range(
+    origin_fd: int, offset: int, length: int, target_fd: int, target_offset: int
+) -> None:
+    """Let a part of `target_fd` share extents of `origin_fd`; all in bytes and whole blocks.
+
+    Raises CloneUnsupported where that cannot be had, OSError for all else.
+    """
+    argument = file_clone_range.pack(origin_fd, offset, length, target_offset)
+    try:
+        fcntl.ioctl(target_fd, FICLONERANGE, argument)
+    except OSError as e:
+        if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
+            raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
+        raise
+
+
+def dedupe_range(origin_fd: int, offset: int, length: int, other_fd: int, other_offset: int) -> int:
+    """Let two ranges share extents if the kernel finds them equal; how many bytes now do."""
+    argument = file_dedupe_range.pack(offset, length, 1, 0, 0, other_fd, other_offset, 0, 0, 0)
+    answer = file_dedupe_range.unpack(fcntl.ioctl(origin_fd, FIDEDUPERANGE, argument))
+    return answer[7] if answer[8] == 0 else 0
+
+
+def extent_map(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(logical, physical, length, flags) of the extents from `start` to `end`.  Raises OSError."""
+    most = 500
+    while start < end:
+        buffer = bytearray(fiemap.size + most * fiemap_extent.size)
+        fiemap.pack_into(buffer, 0, start, end - start, FIEMAP_FLAG_SYNC, 0, most, 0)
+        fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
+        count = fiemap.unpack_from(buffer)[3]
+        for number in range(count):
+            extent = fiemap_extent.unpack_from(buffer, fiemap.size + number * fiemap_extent.size)
+            start = extent[0] + extent[2]
+            yield extent
+            if extent[3] & FIEMAP_EXTENT_LAST:
+                return
+        if not count:
+            return
+
+
+def count_extents(fd: int) -> int:
+    """How many extents a file has; raises OSError where that is not known."""
+    argument = fiemap.pack(0, (1 << 63) - 1, 0, 0, 0, 0)
+    return fiemap.unpack(fcntl.ioctl(fd, FS_IOC_FIEMAP, argument))[3]
+
+
+def places(fd: int, start: int, end: int) -> list[tuple[int, int, int]] | None:
+    """(logical, physical, length) of what is between `start` and `end`; None if not known."""
+    found: list[tuple[int, int, int]] = []
+    try:
+        for logical, physical, length, flags in extent_map(fd, start, end):
+            if flags & FIEMAP_EXTENT_VAGUE:
+                return None
+            first, last = max(logical, start), min(logical + length, end)
+            if first >= last:
+                continue
+            at = physical + first - logical
+            if found and found[-1][0] + found[-1][2] == first and found[-1][1] + found[-1][2] == at:
+                found[-1] = (found[-1][0], found[-1][1], found[-1][2] + last - first)
+            else:
+                found.append((first, at, last - first))
+    except OSError:
+        return None
+    return found
+
+
+def share_extents(one_fd: int, other_fd: int, start: int, end: int) -> bool:
+    """Whether two files have the same extents there: then they are equal, without reading."""
+    one = places(one_fd, start, end)
+    return one is not None and one == places(other_fd, start, end)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:
@@ -1395,8 +1483,8 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = last
 
 
-def units(size: int, *extents: Iterable[tuple[int, int]]) -> Iterator[int]:
-    """The offsets of all units that one of the extent lists touches, in order, each once."""
+def units(size: int, *extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(offset, length) of all units that one of the extent lists touches, in order, each once."""
     lists = [iter(one) for one in extents]
     heads = [next(one, None) for one in lists]
     offset = 0
@@ -1410,7 +1498,7 @@ def units(size: int, *extents: Iterable[tuple[int, int]]) -> Iterator[int]:
         if nearest >= size:
             return
         offset = max(offset, nearest - nearest % UNIT)
-        yield offset
+        yield offset, min(UNIT, size - offset)
         offset += UNIT
 
 
@@ -1423,6 +1511,7 @@ class Reader:
         self.direct = from_medium and bypass_cache(fd)
         self.drop = from_medium and not self.direct
         self.bytes_read = 0
+        self.lock = threading.Lock()
 
     def extents(self) -> Iterator[tuple[int, int]]:
         return data_extents(self.fd, 0, self.size)
@@ -1439,7 +1528,8 @@ class Reader:
                 raise EOFError
             if self.drop:
                 drop_cache(self.fd, offset + start, end - start)
-            self.bytes_read += end - start
+            with self.lock:
+                self.bytes_read += end - start
             filled = end
         view[filled:length] = ZEROS[: length - filled]
 
@@ -1466,8 +1556,8 @@ class Writer:
         self.bytes_written = 0
         self.lock = threading.Lock()
 
-    def update(self, new: memoryview, offset: int, runs: list[tuple[int, int, bool]]) -> None:
-        """Bring `runs` (start, end, whether all zero) of the unit at `offset` to the file."""
+    def update(self, new: memoryview, offset: int, runs: list[tuple[int, int, bool]]) -> int:
+        """Bring `runs` (start, end, whether all zero) of a unit to the file; the bytes written."""
         written = 0
         for start, end, zero in runs:
             if not (zero and self.punch(offset + start, end - start)):
@@ -1477,6 +1567,7 @@ class Writer:
             drop_cache(self.fd, offset, UNIT)  # starts the writing, so that the fsync is short
         with self.lock:
             self.bytes_written += written
+        return written
 
     def punch(self, offset: int, length: int) -> bool:
         if self.can_punch and offset + length == self.size:
@@ -1514,23 +1605,23 @@ def differing_runs(
 
 
 def work_through(
-    offsets: Iterable[int],
-    work: Callable[[int, Buffers], None],
+    pieces: Iterable[tuple[int, int]],
+    work: Callable[[int, int, Buffers], None],
     tick: Callable[[], None],
     workers: int,
 ) -> None:
-    """Call `work` for each offset, in `workers` threads; `tick` now and then in this one.
+    """Call `work` for each (offset, length), in `workers` threads; `tick` now and then in this one.
 
     The first exception, in a worker or in `tick`, ends all of them and is raised.
     One worker is this very thread.
     """
     if workers <= 1:
         buffers = Buffers()
-        for offset in offsets:
-            work(offset, buffers)
+        for offset, length in pieces:
+            work(offset, length, buffers)
             tick()
         return
-    queue, lock, stop = iter(offsets), threading.Lock(), threading.Event()
+    queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -1538,10 +1629,10 @@ def work_through(
             buffers = Buffers()
             while not stop.is_set():
                 with lock:
-                    offset = next(queue, None)
-                if offset is None:
+                    piece = next(queue, None)
+                if piece is None:
                     return
-                work(offset, buffers)
+                work(*piece, buffers)
         except BaseException as e:
             failures.append(e)
             stop.set()
@@ -1645,6 +1736,32 @@ class Sums:
             yield first * BLOCK, last * BLOCK
 
 
+trail_step = struct.Struct("<32sQ")  # the SHA-256 of a unit's digests, the bytes written for it
+
+
+class Trail:
+    """`{id}.part`: a step for each unit that is done, by which an interrupted run is taken up.
+
+    It needs no fsync: what it says counts only where the digests and the image
+    agree with it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def mark(self, offset: int, digests: list[bytes], written: int) -> None:
+        step = trail_step.pack(hashlib.sha256(b"".join(digests)).digest(), written)
+        write_all(self.fd, step, trail_step.size * (offset // UNIT))
+
+    def find(self, offset: int, digests: list[bytes]) -> int | None:
+        """The bytes that were written for this unit, None if it was not done or is another now."""
+        step = os.pread(self.fd, trail_step.size, trail_step.size * (offset // UNIT))
+        if len(step) < trail_step.size:
+            return None
+        seen, written = trail_step.unpack(step)
+        return written if seen == hashlib.sha256(b"".join(digests)).digest() else None
+
+
 def blocks_of(length: int) -> Iterator[tuple[int, int, int]]:
     """(number, start, end) of the blocks in a unit of `length` bytes."""
     for number, start in enumerate(range(0, length, BLOCK)):
@@ -1686,6 +1803,7 @@ class Revision:
     size: int | None = None
     digest: str = ""
     damaged: tuple[tuple[int, int], ...] = ()
+    source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
     stats: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     problem: str = ""  # why its image is of no use; found when the directory is read
@@ -1753,6 +1871,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
         size=values["size"] if isinstance(values.get("size"), int) else None,
         digest=decode_digest(values.get("digest")),
         damaged=decode_ranges(values.get("damaged")),
+        source_state=str(values.get("source_state") or ""),
         stats=stats,
         extra=extra,
     )
@@ -1760,7 +1879,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
 
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
-    *("protected", "size", "digest", "damaged"),
+    *("protected", "size", "digest", "damaged", "source_state"),
 )
 
 
@@ -1861,6 +1980,8 @@ def encode_revision(revision: Revision) -> bytes:
         values["verified"] = revision.verified
     if revision.protected:
         values["protected"] = True
+    if revision.source_state:
+        values["source_state"] = revision.source_state
     if revision.size is not None:
         values["size"] = revision.size
     if revision.digest:
@@ -2107,6 +2228,15 @@ class Repository:
             raise
         return fd, sums
 
+    def find_unfinished(self, state: str) -> Revision | None:
+        """The newest interrupted revision that was made of a source in this very `state`."""
+        for revision in reversed(self.revisions):
+            if not revision.is_complete and state and revision.source_state == state:
+                names = (revision.id, f"{revision.id}.sums", f"{revision.id}.part")
+                if all(file_type(self.dir_fd, name) == stat.S_IFREG for name in names):
+                    return revision
+        return None
+
     # -- changing; under metadata_lock(), but for a new revision of one's own ----
 
     def write_revision(self, revision: Revision) -> None:
@@ -2162,7 +2292,7 @@ class Repository:
 
     def bury(self, name: str) -> None:
         """Finish the removal of the revision whose tombstone is `{name}.del`."""
-        for victim in (name, f"{name}.sums", f"{name}.del"):
+        for victim in (name, f"{name}.sums", f"{name}.part", f"{name}.del"):
             kind = file_type(self.dir_fd, victim)
             if kind == stat.S_IFREG:
                 os.unlink(victim, dir_fd=self.dir_fd)
@@ -2170,8 +2300,8 @@ class Repository:
                 self.tell_once(victim, "is not a regular file and is left alone")
         sync(self.dir_fd)
 
-    def sweep(self) -> None:
-        """Finish or remove what interrupted runs left, and only that."""
+    def sweep(self, keep: str = "") -> None:
+        """Finish or remove what interrupted runs left, but not the revision `keep`."""
         with explain(f"{self.name}: cannot clear what an interrupted run left"):
             for name in list_directory(self.dir_fd):
                 if is_temporary(name):
@@ -2180,13 +2310,19 @@ class Repository:
                 elif name.endswith(".del") and REVISION_ID.fullmatch(name[:-4]):
                     self.sweep_tombstone(name[:-4])
             for revision in self.revisions:
-                if not revision.is_complete:
+                if revision.is_complete and file_type(self.dir_fd, f"{revision.id}.part"):
+                    self.drop_trail(revision.id)
+                if not revision.is_complete and revision.id != keep:
                     log.warning("%s: removing incomplete revision %s", self.name, revision.id)
                     try:
                         self.remove(revision)
                     except Busy as e:
                         log.warning("%s", e)
             self.point_last()
+
+    def drop_trail(self, name: str) -> None:
+        if file_type(self.dir_fd, f"{name}.part") == stat.S_IFREG:
+            os.unlink(f"{name}.part", dir_fd=self.dir_fd)
 
     def sweep_tombstone(self, name: str) -> None:
         try:
@@ -2222,8 +2358,9 @@ class Repository:
 class Still:
     """An image that is being backed up: its reader, and whether it has changed since."""
 
-    def __init__(self, name: str, size: int, reader: Reader) -> None:
-        self.name, self.size, self.reader = name, size, reader
+    def __init__(self, name: str, size: int, reader: Reader, state: str = "") -> None:
+        """`state` names this very content; an interrupted run goes on where it is the same."""
+        self.name, self.size, self.reader, self.state = name, size, reader, state
 
     def check(self) -> None:
         """Raise BackyError when the image is no longer what it was."""
@@ -2267,6 +2404,17 @@ class StillFile(Still):
         if time.time() - status.st_mtime < 0.02 and not self.is_device:
             time.sleep(0.02)  # so that a later write cannot have the same time
         self.writes = self.count_writes()
+        self.state = self.describe_state()
+
+    def describe_state(self) -> str:
+        """What stays the same as long as nobody writes; the writes to a device count from boot."""
+        status = self.status
+        if not self.is_device:
+            return f"{status.st_ino} {self.size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            if self.writes:
+                return f"{status.st_rdev} {self.size} {' '.join(self.writes)} {file.read().strip()}"
+        return ""
 
     def count_writes(self) -> tuple[str, ...]:
         if not self.is_device:
@@ -2485,22 +2633,22 @@ class Progress:
 def pass_over(
     label: str,
     size: int,
-    offsets: Iterable[int],
-    work: Callable[[int, Buffers], None],
+    pieces: Iterable[tuple[int, int]],
+    work: Callable[[int, int, Buffers], None],
     look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Call `work` for these units of an image of `size` bytes, and `look` now and then."""
+    """Call `work` for these pieces of an image of `size` bytes, and `look` now and then."""
     with Progress(label, size) as progress:
 
-        def unit(offset: int, buffers: Buffers) -> None:
+        def piece(offset: int, length: int, buffers: Buffers) -> None:
             progress.reach(offset)
-            work(offset, buffers)
+            work(offset, length, buffers)
 
         def tick() -> None:
             progress.tick()
             look()
 
-        work_through(offsets, unit, tick, workers_for(size))
+        work_through(pieces, piece, tick, workers_for(size))
 
 
 def report_progress(*_: object) -> None:
@@ -2547,17 +2695,21 @@ class Update:
         self.expected = 0
         self.reached = 0  # how far it got, about
         self.parent_damage: list[tuple[int, int]] = []
+        self.trail: Trail | None = None
+        self.is_resumed = False
+        self.bytes_kept = self.bytes_kept_written = 0
         self.lock = threading.Lock()
 
-    def offsets(self) -> Iterator[int]:
+    def pieces(self) -> Iterator[tuple[int, int]]:
         """The units that hold something in the source, in the image or in the digests."""
         ends = [(block * BLOCK, block * BLOCK + 1) for block in sorted(self.resized)]
         sums = [] if self.fresh else self.sums.extents()
         return units(self.still.size, self.still.reader.extents(), self.old.extents(), ends, sums)
 
-    def unit(self, offset: int, buffers: Buffers) -> None:
-        length = min(UNIT, self.still.size - offset)
+    def unit(self, offset: int, length: int, buffers: Buffers) -> None:
         self.reached = max(self.reached, offset)
+        if self.is_resumed and self.is_done(offset, length, buffers):
+            return
         self.read_source(buffers.new, offset, length)
         digests = [bytes(DIGEST)] * -(-length // BLOCK)
         if not self.fresh:
@@ -2580,11 +2732,32 @@ class Update:
             if comparable and block_digest(buffers.old[start:end]) != digests[block]:
                 self.parent_damage.append((offset + start, end - start))
         with explain(f"cannot write image at offset {offset}"):
-            self.writer.update(buffers.new, offset, runs)
+            written = self.writer.update(buffers.new, offset, runs)
         with explain(f"cannot write digests for offset {offset}"):
             if new != digests:
                 self.sums.write(offset, new)
         self.note(offset, changed, new)
+        if self.trail:
+            with suppress(OSError):  # costs a resumption, not this run
+                self.trail.mark(offset, new, written)
+
+    def is_done(self, offset: int, length: int, buffers: Buffers) -> bool:
+        """Whether an interrupted run has done this unit, proven by what is on the medium."""
+        try:
+            digests = self.sums.read(offset, length)
+            written = self.trail.find(offset, digests) if self.trail else None
+            if written is None:
+                return False
+            self.old.read(buffers.old, offset, length)
+        except (OSError, EOFError):
+            return False
+        for block, start, end in blocks_of(length):
+            if block_digest(buffers.old[start:end]) != digests[block]:
+                return False
+        with self.lock:
+            self.bytes_kept += length
+            self.bytes_kept_written += written
+        return True
 
     def read_source(self, view: memoryview, offset: int, length: int) -> None:
         try:
@@ -2621,11 +2794,12 @@ class Update:
     def is_written(self, block: int) -> bool:
         return bool(self.written[block // 8] & 1 << block % 8)
 
-    def written_units(self) -> Iterator[int]:
+    def written_units(self) -> Iterator[tuple[int, int]]:
         step = UNIT // BLOCK // 8
         for index in range(0, len(self.written), step):
             if any(self.written[index : index + step]):
-                yield index * 8 * BLOCK
+                offset = index * 8 * BLOCK
+                yield offset, min(UNIT, self.still.size - offset)
 
 
 def block_mark(block: int, digest: bytes) -> int:
@@ -2643,8 +2817,7 @@ class ReadBack:
         self.bad: list[int] = []
         self.lock = threading.Lock()
 
-    def unit(self, offset: int, buffers: Buffers) -> None:
-        length = min(UNIT, self.image.size - offset)
+    def unit(self, offset: int, length: int, buffers: Buffers) -> None:
         digests = self.sums.read(offset, length)
         first = offset // BLOCK
         for block, start, end in blocks_of(length):
@@ -2697,60 +2870,77 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
 class Backup:
     """One run, from the lock to `last`."""
 
-    def __init__(self, repository: Repository, job: Job, tags: tuple[str, ...]) -> None:
-        self.repository, self.job, self.tags = repository, job, tags
+    def __init__(
+        self, repository: Repository, job: Job, tags: tuple[str, ...], resume: bool = True
+    ) -> None:
+        self.repository, self.job, self.tags, self.resume = repository, job, tags, resume
         self.name = repository.name
 
     def run(self) -> Revision:
-        """Make a revision and return it.  Raises BackyError, and nothing is left then."""
+        """Make a revision and return it.
+
+        Raises BackyError, and nothing is left then; after a signal or a crash what
+        there is stays for the next run, which goes on with it if the source is the
+        same.
+        """
         repository = self.repository
         started = time.monotonic()
         with ExitStack() as stack, self.job.source.snapshot("backy") as still:
             with repository.metadata_lock():
-                repository.sweep()
+                unfinished = repository.find_unfinished(still.state) if self.resume else None
+                repository.sweep(keep=unfinished.id if unfinished else "")
                 base = choose_parent(repository, stack)
-                revision = self.plan(base)
+                revision = self.plan(base, unfinished, still.state)
             try:
-                self.begin(revision)
-                revision = self.fill(revision, base, still)
+                self.begin(revision, unfinished is not None)
+                revision = self.fill(revision, base, still, unfinished is not None)
                 still.check()
                 repository.check_presence()
                 revision = replace(revision, duration=max(time.monotonic() - started, 0.001))
-                repository.write_revision(revision)
+                repository.write_revision(replace(revision, source_state=""))
+            except (Stopped, KeyboardInterrupt):
+                self.leave(revision)
+                raise
             except BaseException:
                 self.discard(revision)
                 raise
         return self.finish(revision)
 
-    def plan(self, base: Base | None) -> Revision:
+    def plan(self, base: Base | None, unfinished: Revision | None, state: str) -> Revision:
         """The new revision, later than all others whatever the clock says."""
         revisions = self.repository.revisions
         now = datetime.now(UTC)
         newest = max((revision.clock for revision in revisions), default=0)
         revision = Revision(
-            id=new_id(),
+            id=unfinished.id if unfinished else new_id(),
             timestamp=now,
             clock=max(newest + 1, epoch_microseconds(now)),
             tags=self.tags,
             parent=base.revision.id if base else None,
+            source_state=state,
         )
         if newest > epoch_microseconds(now + timedelta(minutes=5)):
             log.warning("%s: the newest revision is from the future; check the clock", self.name)
         return revision
 
-    def begin(self, revision: Revision) -> None:
+    def begin(self, revision: Revision, is_resumed: bool) -> None:
         """Say on the medium that there is an incomplete revision, before there is an image."""
         self.repository.write_revision(revision)
-        log.info("%s: new revision %s [%s]", self.name, revision.id, ",".join(self.tags))
+        verb = "going on with interrupted" if is_resumed else "new"
+        tags = ",".join(self.tags)
+        log.info("%s: %s revision %s [%s]", self.name, verb, revision.id, tags)
 
-    def fill(self, revision: Revision, base: Base | None, still: Still) -> Revision:
+    def fill(
+        self, revision: Revision, base: Base | None, still: Still, is_resumed: bool
+    ) -> Revision:
         """Make image and digests, prove them, and return what is now known of them."""
         with ExitStack() as stack:
-            image_fd, sums_fd = (
-                self.create(name, stack) for name in (revision.id, f"{revision.id}.sums")
-            )
-            cloned = base is not None and self.clone(base, image_fd, sums_fd, still.size)
-            rehash = not cloned or base is None or base.sums_fd is None
+            take = self.reopen if is_resumed else self.create
+            image_fd, sums_fd = (take(name, stack) for name in (revision.id, f"{revision.id}.sums"))
+            cloned = is_resumed
+            if base is not None and not is_resumed:
+                cloned = self.clone(base, image_fd, sums_fd, still.size)
+            rehash = is_resumed or not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
                 if os.fstat(image_fd).st_size != still.size:
                     os.ftruncate(image_fd, still.size)
@@ -2771,21 +2961,28 @@ class Backup:
                 rehash=rehash,
                 resized_from=base.revision.size if base and resized else None,
             )
-            log.info("%s: performing %s backup", self.name, "differential" if cloned else "full")
+            update.is_resumed = is_resumed
+            update.trail = Trail(take(f"{revision.id}.part", stack))
+            how = "differential" if cloned else "full"
+            log.info("%s: performing %s backup", self.name, how)
             try:
                 self.transfer(update)
             finally:
                 self.distrust_parent(base, join_ranges(update.parent_damage))
             digest = self.settle(image_fd, sums_fd, sums)
             proven = self.prove(update, reader)
+        if is_resumed:
+            kept = format_size(update.bytes_kept)
+            log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
         everything = not update.by_digest
         stats = {**revision.stats, "verification": "full" if everything else "written"}
         stats["bytes_verified"] = still.size if everything else proven
+        stats["bytes_read"] = still.reader.bytes_read
         return replace(
             revision,
             size=still.size,
             digest=digest,
-            bytes_written=update.writer.bytes_written,
+            bytes_written=update.writer.bytes_written + update.bytes_kept_written,
             trust=Trust.VERIFIED if everything else Trust.TRUSTED,
             verified=datetime.now(UTC) if everything else None,
             stats=stats,
@@ -2797,6 +2994,16 @@ class Backup:
         stack.callback(close, fd)
         return fd
 
+    def reopen(self, name: str, stack: ExitStack) -> int:
+        """Open a file that an interrupted run left, whatever mode it had reached."""
+        with explain(f"{self.name}: cannot open {name}"):
+            fd = open_regular(self.repository.dir_fd, name)
+            stack.callback(close, fd)
+            os.fchmod(fd, 0o600)
+            fd = open_regular(self.repository.dir_fd, name, os.O_RDWR)
+        stack.callback(close, fd)
+        return fd
+
     def clone(self, base: Base, image_fd: int, sums_fd: int, size: int) -> bool:
         """Let the new image share the parent's extents; False, and a warning, where it cannot."""
         try:
@@ -2804,6 +3011,7 @@ class Backup:
                 self.clone_one(base.image_fd, image_fd)
                 if base.sums_fd is not None:
                     self.clone_one(base.sums_fd, sums_fd)
+                sync(image_fd)  # or a power failure could take the sharing and leave the trail
         except CloneUnsupported:
             log.warning(
                 "%s: this file system cannot share extents: the whole image is written again "
@@ -2832,7 +3040,7 @@ class Backup:
 
         try:
             with explain("cannot examine the source or the image"):
-                pass_over(self.name, still.size, update.offsets(), update.unit, look)
+                pass_over(self.name, still.size, update.pieces(), update.unit, look)
                 still.check()
         except SourceChanged as e:
             raise SourceChanged(f"{self.name}: {e}{self.first_difference(update)}", e.hint) from e
@@ -2910,6 +3118,19 @@ class Backup:
         except BackyError as e:
             log.warning("%s (this is not recorded)", e)
 
+    def leave(self, revision: Revision) -> None:
+        """After a signal: keep what the next run can go on with, and nothing else."""
+        try:
+            with self.repository.metadata_lock():
+                left = [one for one in self.repository.revisions if one.id == revision.id]
+                usable = self.resume and self.repository.find_unfinished(revision.source_state)
+                if left and not usable:
+                    self.repository.remove(revision)
+            if usable:
+                log.info("%s: stopped; the next backup goes on from here", self.name)
+        except BackyError as e:
+            log.warning("%s: cannot clear up: %s", self.name, e)
+
     def discard(self, revision: Revision) -> None:
         """Leave nothing of a revision that did not become complete for certain."""
         try:
@@ -2925,6 +3146,7 @@ class Backup:
             with self.repository.metadata_lock():
                 with explain(f"{self.name}: cannot point last to {revision.id}"):
                     self.repository.point_last()
+                    self.repository.drop_trail(revision.id)
         except BackyError as e:
             log.warning("%s", e)
         self.repository.check_presence()
@@ -2968,7 +3190,7 @@ class CheckedImage:
             elif revision.is_complete:
                 self.unchecked = "it has no digests, like all that backy 2.x made"
 
-    def offsets(self, *others: Iterable[tuple[int, int]]) -> Iterator[int]:
+    def pieces(self, *others: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """The units in which there is something, or should be, or where `others` have something."""
         digests = self.sums.extents() if self.sums else []
         return units(self.size, self.reader.extents(), digests, *others)
@@ -2984,8 +3206,8 @@ class CheckedImage:
             if block in lost or (digests and block_digest(view[start:end]) != digests[block]):
                 self.damaged.append((offset + start, end - start))
 
-    def unit(self, offset: int, buffers: Buffers) -> None:
-        self.read(buffers.new, offset, min(UNIT, self.size - offset))
+    def check(self, offset: int, length: int, buffers: Buffers) -> None:
+        self.read(buffers.new, offset, length)
 
     def damage(self) -> tuple[tuple[int, int], ...]:
         return join_ranges(self.damaged)
@@ -3006,7 +3228,7 @@ def verify_revision(repository: Repository, revision: Revision) -> tuple[Revisio
             )
 
         with explain(f"{repository.name}: verify"):
-            pass_over(f"{repository.name} (verifying)", image.size, image.offsets(), image.unit)
+            pass_over(f"{repository.name} (verifying)", image.size, image.pieces(), image.check)
         damaged, now = image.damage(), datetime.now(UTC)
         trust = Trust.DISTRUSTED if damaged else Trust.VERIFIED
         result = replace(revision, trust=trust, verified=now, damaged=damaged)
@@ -3127,8 +3349,7 @@ class Restore:
                 stack.callback(close, fd)
                 self.old = Reader(fd, self.image.size, not is_cached(fd, self.image.size))
 
-    def unit(self, offset: int, buffers: Buffers) -> None:
-        length = min(UNIT, self.image.size - offset)
+    def unit(self, offset: int, length: int, buffers: Buffers) -> None:
         self.image.read(buffers.new, offset, length)
         if self.shared:
             return  # it was read to be checked
@@ -3140,8 +3361,8 @@ class Restore:
     def run(self) -> None:
         """Do it, to the medium.  Damage of the image is left for confess()."""
         with explain(f"{self.name}: restore"):
-            offsets = self.image.offsets(self.old.extents() if self.old else [])
-            pass_over(f"{self.name} (restoring)", self.image.size, offsets, self.unit)
+            pieces = self.image.pieces(self.old.extents() if self.old else [])
+            pass_over(f"{self.name} (restoring)", self.image.size, pieces, self.unit)
         with explain(f"cannot write {self.shown} to the medium"):
             sync(self.target.fd)
             drop_cache(self.target.fd)
@@ -3229,12 +3450,11 @@ def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None
         image = CheckedImage(repository, revision, stack)
         announce(repository, image)
         buffers, zeros = Buffers(), memoryview(ZEROS)
-        wanted, position = image.offsets(), 0
+        position = 0
         with Progress(f"{repository.name} (restoring)", image.size) as progress:
-            for offset in wanted:
+            for offset, length in image.pieces():
                 while position < offset:
                     position += write_some(fd, zeros[: offset - position])
-                length = min(UNIT, image.size - offset)
                 image.read(buffers.new, offset, length)
                 while position < offset + length:
                     position += write_some(fd, buffers.new[position - offset : length])
@@ -3562,6 +3782,9 @@ def parse_wait(text: str) -> float:
         "--verify", choices=[mode.value for mode in VerifyMode], help="overrules the job's config"
     ),
     argument(
+        "--no-resume", action="store_true", help="do not go on with what an interrupted run left"
+    ),
+    argument(
         "--wait",
         metavar="[=TIME]",
         type=parse_wait,
@@ -3578,7 +3801,7 @@ def backup(args: argparse.Namespace) -> None:
         if args.verify:
             job = replace(job, verify=VerifyMode(args.verify))
         with repository.job_lock("backup", args.wait):
-            Backup(repository, job, tags).run()
+            Backup(repository, job, tags, resume=not args.no_resume).run()
 
 
 @command(JSON, examples="backy -b /srv/backy/vm1 status -v")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pty
 import random
 import shutil
 import signal
@@ -210,6 +211,23 @@ def backy_process(*words: object, python: str = sys.executable, **options):
     return subprocess.run([python, str(PROGRAM), *map(str, words)], check=False, **options)
 
 
+def on_terminal(*words: object, typed: str = "", streams=("stdin", "stderr")):
+    """Run backy with `streams` on a terminal: its status and what the terminal has seen."""
+    ours, theirs = pty.openpty()
+    given = {name: subprocess.PIPE for name in ("stdout", "stderr")}
+    given.update({name: theirs for name in streams})
+    process = subprocess.Popen([sys.executable, str(PROGRAM), *map(str, words)], **given)
+    os.close(theirs)
+    os.write(ours, typed.encode())
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO once nobody else has it open
+        while True:
+            seen += os.read(ours, 65536)
+    os.close(ours)
+    process.communicate(timeout=60)
+    return process.returncode, seen.decode()
+
+
 # -- images -------------------------------------------------------------------
 
 
@@ -255,6 +273,60 @@ def job(cow, source, run):
 def revisions(job: Path) -> list[backy.Revision]:
     with backy.Repository.open(str(job)) as repository:
         return repository.revisions
+
+
+def plant(job: Path, name: str, text: str, image: bytes | None = b"image\n") -> None:
+    """Write `{name}.rev` with `text` behind its uuid, and an image unless that is None."""
+    (job / f"{name}.rev").write_text(f"uuid: {name}\n{text}")
+    if image is not None:
+        (job / name).write_bytes(image)
+
+
+def contents(directory: Path) -> dict[str, object]:
+    """Everything in a directory as it stands; two of them are equal when nothing changed."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.name == ".lock" and path.is_file():
+            continue
+        if path.is_symlink():
+            found[path.name] = os.readlink(path)
+        elif path.is_file():
+            found[path.name] = (path.stat().st_ino, path.stat().st_mode, path.read_bytes())
+        else:
+            found[path.name] = path.stat().st_mode
+    return found
+
+
+def flip(path: Path, offset: int) -> None:
+    """Damage one byte of a file, whatever its mode."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        (byte,) = os.pread(fd, 1, offset)
+        os.pwrite(fd, bytes([byte ^ 0x5A]), offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """A function that lets `event` happen once, at the n-th positional read of the program."""
+
+    def at_read(number: int, event) -> list:
+        happened: list = []
+        calls = iter(range(1, 1 << 30))
+        real = os.preadv
+
+        def preadv(fd, buffers, offset, flags=0):
+            if not flags and next(calls) == number:
+                happened.append(True)
+                event()
+            return real(fd, buffers, offset, flags)
+
+        monkeypatch.setattr(backy.os, "preadv", preadv)
+        return happened
+
+    return at_read
 
 
 def shared_bytes(path: Path) -> int:
