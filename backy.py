@@ -20,8 +20,10 @@ Chapters, each using only what stands above it:
     Repository     all revisions of one job: find, create, remove
     Sources        what a source must do; plain files and block devices
     Progress       how far it is, for the person who waits
+    Checks         an image read while it is held against its digests
+    Repair         sound copies of bad blocks, found and put in their place
     Backup         a revision, step by step
-    Verify         a revision against its digests
+    Verify         which blocks are looked at, and what that says
     Restore        a revision back to a file, a device or a pipe
     Selftest       the main job, shown in a temporary directory
     Command line   the commands, then main()
@@ -108,7 +110,9 @@ def explain(attempt: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise BackyError(f"{attempt}: {e.strerror or e}") from e
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room: backy forget, or whatever else is there" if full else ""
+        raise BackyError(f"{attempt}: {e.strerror or e}", hint) from e
 
 
 # ==== Log ====================================================================
@@ -152,8 +156,8 @@ class FileForm(logging.Formatter):
         super().__init__("%(asctime)s [%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
-def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> None:
-    """Log to `path` (errors also to standard error), or to standard error.
+def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> bool:
+    """Log to `path` (errors also to standard error) and return True, or to standard error.
 
     A file that cannot be opened costs a warning, never the work.  It is opened
     again when it was renamed, so logrotate needs no signal.
@@ -166,17 +170,18 @@ def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> No
     terminal.setFormatter(TerminalForm())
     log.addHandler(terminal)
     if path is None:
-        return
+        return False
     from logging.handlers import WatchedFileHandler
 
     try:
         handler = WatchedFileHandler(path, encoding="utf-8")
     except OSError as e:
         log.warning("cannot open log file %s: %s", printable(path), e.strerror)
-        return
+        return False
     handler.setFormatter(FileForm())
     terminal.setLevel(logging.ERROR)
     log.addHandler(handler)
+    return True
 
 
 def output(text: str) -> None:
@@ -248,8 +253,8 @@ TIME = re.compile(
 )
 
 
-def parse_time(text: str) -> datetime | None:
-    """The last moment that an ISO date or time may mean, or None if it is neither.
+def parse_period(text: str) -> tuple[datetime, datetime] | None:
+    """The first and the last moment that an ISO date or time means, or None if it is neither.
 
     `2026-11-05` is that day to its end, `2026-11-05T10:15` that minute; without
     a zone it is UTC, which is what all our tables show.
@@ -259,20 +264,24 @@ def parse_time(text: str) -> datetime | None:
         return None
     year, month, day, hour, minute, second, fraction, zone = match.groups()
     try:
-        start = datetime(
-            *map(int, (year, month, day, hour or 0, minute or 0, second or 0)), tzinfo=UTC
-        )
-        if fraction:
-            end = start + timedelta(microseconds=int(fraction[1:].ljust(6, "0")))
-        else:
-            step = 1 if second else 60 if hour else 86400
-            end = start + timedelta(seconds=step) - MICROSECOND
+        parts = map(int, (year, month, day, hour or 0, minute or 0, second or 0))
+        start = datetime(*parts, tzinfo=UTC)
         if zone and zone not in ("Z", "UTC"):
             offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
-            end -= offset if zone[0] == "+" else -offset
-        return end
+            start -= offset if zone[0] == "+" else -offset
+        if fraction:
+            start += timedelta(microseconds=int(fraction[1:].ljust(6, "0")))
+            return start, start
+        step = 1 if second else 60 if hour else 86400
+        return start, start + timedelta(seconds=step) - MICROSECOND
     except (ValueError, OverflowError):
         return None
+
+
+def parse_time(text: str) -> datetime | None:
+    """The last moment that an ISO date or time means, or None if it is neither."""
+    period = parse_period(text)
+    return period and period[1]
 
 
 def format_table(
@@ -1563,8 +1572,11 @@ class Writer:
             if not (zero and self.punch(offset + start, end - start)):
                 write_all(self.fd, new[start:end], offset + start)
                 written += end - start
-        if runs:
-            drop_cache(self.fd, offset, UNIT)  # starts the writing, so that the fsync is short
+        if (
+            runs
+        ):  # start the writing, so that the fsync is short; what was started before is clean now
+            drop_cache(self.fd, offset, UNIT)
+            drop_cache(self.fd, max(0, offset - 32 * UNIT), UNIT)
         with self.lock:
             self.bytes_written += written
         return written
@@ -1728,6 +1740,16 @@ class Sums:
     def write(self, offset: int, digests: list[bytes]) -> None:
         write_all(self.fd, b"".join(digests), sums_header.size + DIGEST * (offset // BLOCK))
 
+    def search(self, digest: bytes) -> Iterator[int]:
+        """The image offsets of all blocks with this digest."""
+        for start in range(sums_header.size, os.fstat(self.fd).st_size, UNIT):
+            data = os.pread(self.fd, UNIT, start)
+            at = data.find(digest)
+            while at >= 0:
+                if at % DIGEST == 0:
+                    yield (start + at - sums_header.size) // DIGEST * BLOCK
+                at = data.find(digest, at + 1)
+
     def extents(self) -> Iterator[tuple[int, int]]:
         """Where in the image there may be blocks that are not zeros."""
         for start, end in data_extents(self.fd, 0, os.fstat(self.fd).st_size):
@@ -1787,6 +1809,15 @@ class Trust(Enum):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """How far verification by samples is: the part seen last, and how many in a row were seen."""
+
+    of: int
+    last: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class Revision:
     """What `{id}.rev` says.  Sizes are bytes, `clock` is microseconds and orders revisions."""
 
@@ -1803,9 +1834,11 @@ class Revision:
     size: int | None = None
     digest: str = ""
     damaged: tuple[tuple[int, int], ...] = ()
+    sample: Sample | None = None
     source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
     stats: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()  # the keys of ours that the file had
     problem: str = ""  # why its image is of no use; found when the directory is read
 
     @property
@@ -1823,6 +1856,8 @@ class Revision:
 def parse_tags(text: str) -> tuple[str, ...]:
     """The tags of a comma list, sorted.  Raises BackyError for what can be no tag."""
     tags = sorted({tag.strip() for tag in text.split(",")})
+    if "" in tags:
+        raise BackyError(f"an empty tag in {printable(text)!r}")
     for tag in tags:
         if not TAG.fullmatch(tag):
             allowed = "letters, digits and : . _ + -, beginning with a letter or digit, at most 64"
@@ -1871,15 +1906,17 @@ def decode_revision(data: bytes, name: str) -> Revision:
         size=values["size"] if isinstance(values.get("size"), int) else None,
         digest=decode_digest(values.get("digest")),
         damaged=decode_ranges(values.get("damaged")),
+        sample=decode_sample(values.get("sample")),
         source_state=str(values.get("source_state") or ""),
         stats=stats,
         extra=extra,
+        known=frozenset(ours),
     )
 
 
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
-    *("protected", "size", "digest", "damaged", "source_state"),
+    *("protected", "size", "digest", "damaged", "sample", "source_state"),
 )
 
 
@@ -1962,6 +1999,16 @@ def decode_ranges(value: object) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
+def decode_sample(value: object) -> Sample | None:
+    """None for anything odd: the worst is that blocks are looked at again."""
+    numbers = [value.get(key) for key in ("of", "last", "seen")] if isinstance(value, dict) else []
+    if len(numbers) == 3 and all(type(number) is int and number >= 0 for number in numbers):
+        of, last, seen = numbers
+        if last < of and seen <= of:
+            return Sample(of, last, seen)
+    return None
+
+
 def encode_revision(revision: Revision) -> bytes:
     stats = {**revision.stats, "bytes_written": revision.bytes_written}
     if revision.duration is not None:
@@ -1980,6 +2027,8 @@ def encode_revision(revision: Revision) -> bytes:
         values["verified"] = revision.verified
     if revision.protected:
         values["protected"] = True
+    if revision.sample:
+        values["sample"] = {key: getattr(revision.sample, key) for key in ("of", "last", "seen")}
     if revision.source_state:
         values["source_state"] = revision.source_state
     if revision.size is not None:
@@ -2089,6 +2138,7 @@ class Repository:
             if file_type(self.dir_fd, f"{name}.rev") == stat.S_IFLNK:
                 raise ValueError("it is a symbolic link")
             revision = decode_revision(read_small(self.dir_fd, f"{name}.rev"), name)
+            self.refuse_doubtful(revision)
         except FileNotFoundError:
             return  # removed since the directory was listed
         except (ValueError, ArithmeticError, OSError) as e:
@@ -2102,6 +2152,20 @@ class Repository:
         if isinstance(kind, Scalar) and kind.text == "chunked":
             raise BackyError(f"{self.name}: this directory {CHUNKED}")
         self.revisions.append(self.with_image(revision))
+
+    def refuse_doubtful(self, revision: Revision) -> None:
+        """Raise ValueError for what was complete but has no duration: it must not be swept."""
+        if revision.is_complete:
+            return
+        ours = "clock" in revision.known
+        name = (
+            f"{revision.id}.rev" if ours else revision.id
+        )  # what is read-only once it is complete
+        kind, mode = file_type(self.dir_fd, name), 0o600
+        if kind == stat.S_IFREG:
+            mode = os.stat(name, dir_fd=self.dir_fd, follow_symlinks=False).st_mode
+        if revision.digest or revision.verified or revision.size is not None or not mode & 0o200:
+            raise ValueError("it was complete and has lost its duration")
 
     def with_image(self, revision: Revision) -> Revision:
         """`revision` with the size of its image, or with what is wrong with that."""
@@ -2146,7 +2210,9 @@ class Repository:
         if not complete:
             raise NotFound(f"{self.name}: there is no complete revision yet")
         tagged = [revision for revision in complete if spec in revision.tags]
-        begun = [revision for revision in complete if spec and revision.id.startswith(spec)]
+        begun = [one for one in complete if spec and one.id.startswith(spec)]
+        if spec.isdigit():
+            begun = []  # a number that is out of range must not become another revision
         if len(begun) > 1 or (tagged and begun and begun[0] != tagged[-1]):
             found = ", ".join(str(revision) for revision in [*tagged[-1:], *begun][:10])
             raise NotFound(f"{self.name}: {printable(spec)!r} is ambiguous: {found}")
@@ -2562,6 +2628,8 @@ def initialise(path: str, kind: str, words: str) -> None:
             f"no source type {printable(kind)!r}{suggestion(kind, types)}; there are: {there}"
         )
     config = types[kind].parse(words)
+    if "filename" in config and not os.path.exists(config["filename"]):
+        log.warning("there is no %s yet", printable(config["filename"]))
     with explain(f"cannot create {printable(path)}"):
         os.makedirs(path, 0o700, exist_ok=True)
     dir_fd = open_directory(path)
@@ -2659,6 +2727,330 @@ def report_progress(*_: object) -> None:
             os.write(2, f"{line}\n".encode())
 
 
+# ==== Checks =================================================================
+#
+# Reading an image while holding every block against its digest.  Verification,
+# repair and restore all go this way, so that nothing is handed out unseen.
+
+
+class CheckedImage:
+    """A revision's image, open and pinned, and what is wrong with it as far as it was read.
+
+    `mend`, if there is one, is given a bad block's digest, its offset and the view
+    that holds it, and fills that with the right bytes if it can find them.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        revision: Revision,
+        stack: ExitStack,
+        mend: Callable[[bytes, int, memoryview], bool] | None = None,
+    ) -> None:
+        if revision.problem:
+            raise Distrusted(f"{repository.name}: {revision.id}: {revision.problem}")
+        self.fd = repository.open_image(revision)
+        stack.callback(close, self.fd)
+        self.revision, self.size, self.mend = revision, os.fstat(self.fd).st_size, mend
+        self.reader = Reader(self.fd, self.size, True)
+        self.sums: Sums | None = None
+        self.unchecked = ""
+        self.damaged: list[tuple[int, int]] = []
+        self.mended: list[tuple[int, int]] = []
+        try:
+            sums_fd, self.sums = repository.open_sums(replace(revision, size=self.size))
+            stack.callback(close, sums_fd)
+        except Damaged as e:
+            self.unchecked = "it is incomplete"
+            if revision.digest:
+                self.unchecked = f"its digests are damaged: {e}"
+            elif revision.is_complete:
+                self.unchecked = "it has no digests, like all that backy 2.x made"
+
+    def pieces(self, *others: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The units in which there is something, or should be, or where `others` have something."""
+        digests = self.sums.extents() if self.sums else []
+        return units(self.size, self.reader.extents(), digests, *others)
+
+    def read(self, view: memoryview, offset: int, length: int) -> list[tuple[int, int]]:
+        """Fill `view` from a block's start on; returns (start, end) of the blocks that were mended.
+
+        What cannot be read is zeros.  Damage is noted, not raised.
+        """
+        lost = {at // BLOCK for at in self.reader.salvage(view, offset, length)}
+        mended = []
+        digests = self.digests(offset, length)
+        for block, start, end in blocks_of(length):
+            digest = digests[block]
+            if block not in lost and digest in (None, block_digest(view[start:end])):
+                continue
+            if self.mend and digest and self.mend(digest, offset + start, view[start:end]):
+                self.mended.append((offset + start, end - start))
+                mended.append((start, end))
+            else:
+                self.damaged.append((offset + start, end - start))
+        return mended
+
+    def digests(self, offset: int, length: int) -> ListLike[bytes | None]:
+        """One for each block; None without digests, empty, which fits nothing, if they are lost."""
+        count = -(-length // BLOCK)
+        if self.sums is None:
+            return [None] * count
+        try:
+            return self.sums.read(offset, length)
+        except OSError:
+            return [b""] * count
+
+    def check(self, offset: int, length: int, buffers: Buffers) -> None:
+        self.read(buffers.new, offset, length)
+
+    def damage(self) -> tuple[tuple[int, int], ...]:
+        return join_ranges(self.damaged)
+
+
+# ==== Repair =================================================================
+#
+# A block that went bad is found again by its digest: in another revision of the
+# job, which may hold it in another extent.  An image is never repaired in place:
+# a clone of it is, and takes its name when it is right.
+
+
+class Donors:
+    """The other revisions of a job, searched for sound copies of blocks; newest first."""
+
+    def __init__(self, repository: Repository, revision: Revision, stack: ExitStack) -> None:
+        self.repository, self.stack, self.lock = repository, stack, threading.Lock()
+        others = [one for one in repository.complete if one.id != revision.id and not one.problem]
+        self.others = list(reversed(others))
+        self.images: dict[str, CheckedImage | None] = {}
+
+    def open(self, revision: Revision) -> CheckedImage | None:
+        """The image of a donor, opened once; None if it is of no use."""
+        if revision.id not in self.images:
+            try:
+                image = CheckedImage(self.repository, revision, self.stack)
+            except BackyError:
+                image = None
+            self.images[revision.id] = image if image and image.sums else None
+        return self.images[revision.id]
+
+    def mend(self, digest: bytes, offset: int, view: memoryview) -> bool:
+        """Fill `view` with the block of that digest; False if nobody has it."""
+        return self.find(digest, offset, view) is not None
+
+    def find(self, digest: bytes, offset: int, view: memoryview) -> tuple[int, int] | None:
+        """Like mend(), but says in which file and where it was; -1 for a block of zeros."""
+        if digest == bytes(DIGEST):
+            view[:] = ZEROS[: len(view)]
+            return -1, 0
+        with self.lock:
+            for revision in self.others:
+                image = self.open(revision)
+                if image and self.fetch(image, digest, offset, view):
+                    return image.fd, offset
+            for revision in self.others:
+                image = self.open(revision)
+                for place in image.sums.search(digest) if image and image.sums else ():
+                    if self.fetch(image, digest, place, view):
+                        return image.fd, place
+        return None
+
+    @staticmethod
+    def fetch(image: CheckedImage, digest: bytes, offset: int, view: memoryview) -> bool:
+        """Read the block at `offset` if it has this digest and this length, and check it."""
+        if min(BLOCK, image.size - offset) != len(view):
+            return False
+        if image.digests(offset, len(view))[0] != digest:
+            return False
+        block = memoryview(mmap.mmap(-1, BLOCK))
+        with suppress(OSError, EOFError):
+            image.reader.read(block, offset, len(view))
+            if block_digest(block[: len(view)]) == digest:
+                view[:] = block[: len(view)]
+                return True
+        return False
+
+
+def block_offsets(ranges: Iterable[tuple[int, int]]) -> list[int]:
+    """The offsets of all blocks that these ranges touch."""
+    blocks: set[int] = set()
+    for offset, length in ranges:
+        blocks.update(range(offset - offset % BLOCK, offset + length, BLOCK))
+    return sorted(blocks)
+
+
+def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
+    """Look at these blocks in every revision, since they may share what went bad; mark them."""
+    for revision in repository.complete:
+        with ExitStack() as stack, suppress(BackyError):
+            image = CheckedImage(repository, revision, stack)
+            if image.sums is None:
+                continue
+            buffers = Buffers()
+            for offset in offsets:
+                if offset < image.size:
+                    image.check(offset, min(BLOCK, image.size - offset), buffers)
+            known = join_ranges([*revision.damaged, *image.damaged])
+            if image.damaged and known != revision.damaged:
+                tell_damage(repository, revision, image.damage())
+                with repository.metadata_lock():
+                    repository.change(revision, trust=Trust.DISTRUSTED, damaged=known)
+
+
+def tell_damage(
+    repository: Repository, revision: Revision, ranges: ListLike[tuple[int, int]]
+) -> None:
+    for line in describe_ranges(ranges):
+        log.warning("%s: %s is damaged: %s", repository.name, revision.id, line)
+
+
+def heal(repository: Repository, revision: Revision) -> bool:
+    """Put sound copies in the place of the damaged blocks of a revision, as far as there are any.
+
+    A new image is made, forced to the medium, read back and renamed; after a crash
+    there is the old one or the new one.  True if nothing is damaged any more.
+    """
+    with ExitStack() as stack:
+        image = CheckedImage(repository, revision, stack)
+        donors = Donors(repository, revision, stack)
+        if image.sums is None:
+            return False
+        offsets = block_offsets(revision.damaged)
+        with explain(f"{repository.name}: cannot heal {revision.id}"):
+            healed = heal_clone(repository, image, donors, offsets, stack)
+    if not healed:
+        return False
+    left = [(at, BLOCK) for at in offsets if at not in healed]
+    damaged = join_ranges((at, min(BLOCK, image.size - at)) for at, _ in left)
+    with repository.metadata_lock():
+        trust = Trust.DISTRUSTED if damaged else Trust.TRUSTED
+        repository.change(revision, trust=trust, damaged=damaged)
+    log.warning(
+        "%s: %s is healed in %d of %d blocks",
+        repository.name,
+        revision.id,
+        len(healed),
+        len(offsets),
+    )
+    return not damaged
+
+
+def heal_clone(
+    repository: Repository,
+    image: CheckedImage,
+    donors: Donors,
+    offsets: list[int],
+    stack: ExitStack,
+) -> set[int]:
+    """Build the new image and let it take the name of the old; the offsets of the blocks healed."""
+    name, dir_fd = temporary_name(), repository.dir_fd
+    fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    stack.callback(close, fd)
+    try:
+        copy_image(image, fd)
+        healed = set()
+        for offset in offsets:
+            if heal_block(image, donors, offset, fd):
+                healed.add(offset)
+        if healed:
+            os.fchmod(fd, 0o440)
+            sync(fd)
+            drop_cache(fd)
+            new = Reader(fd, image.size, True)
+            block = memoryview(mmap.mmap(-1, BLOCK))
+            for offset in healed:
+                length = min(BLOCK, image.size - offset)
+                new.read(block, offset, length)
+                if block_digest(block[:length]) != image.digests(offset, length)[0]:
+                    raise OSError(errno.EIO, "what was read back is not what was written")
+            target = image.revision.id
+            os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            sync(dir_fd)
+        return healed
+    finally:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=dir_fd)
+
+
+def copy_image(image: CheckedImage, fd: int) -> None:
+    """Make `fd` a clone of the image, or a sparse copy where extents cannot be shared."""
+    with suppress(CloneUnsupported):
+        clone_file(image.fd, fd)
+        return
+    os.ftruncate(fd, image.size)
+    buffers, writer = Buffers(), Writer(fd, image.size)
+    for offset, length in units(image.size, image.reader.extents()):
+        image.reader.salvage(buffers.new, offset, length)
+        writer.update(buffers.new, offset, differing_runs(buffers, length, fresh=True))
+
+
+def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> bool:
+    """Give `fd` a sound copy of one block, shared if that can be; False if there is none."""
+    length = min(BLOCK, image.size - offset)
+    digest = image.digests(offset, length)[0]
+    block = memoryview(bytearray(length))
+    found = donors.find(digest, offset, block) if digest else None
+    if found is None:
+        return False
+    if length < BLOCK:  # to write a part of a page would be to read it: let it go first
+        os.ftruncate(fd, offset)
+        os.ftruncate(fd, image.size)
+    elif found[0] >= 0:
+        with suppress(CloneUnsupported):
+            clone_range(found[0], found[1], length, fd, offset)
+            return True
+    write_all(fd, block, offset)
+    return True
+
+
+def rebuild_sums(repository: Repository, revision: Revision) -> bool:
+    """Make `{id}.sums` anew from the image; True if `.rev` vouches for it.
+
+    The digest in `.rev` then proves both, since only the right image gives it.
+    """
+    with ExitStack() as stack, explain(f"{repository.name}: cannot make {revision.id}.sums anew"):
+        image = CheckedImage(repository, revision, stack)
+        name, dir_fd = temporary_name(), repository.dir_fd
+        fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        stack.callback(close, fd)
+        try:
+            sums = Sums(fd, image.size)
+            sums.prepare()
+
+            def work(offset: int, length: int, buffers: Buffers) -> None:
+                image.reader.salvage(buffers.new, offset, length)
+                view = buffers.new
+                digests = [block_digest(view[start:end]) for _, start, end in blocks_of(length)]
+                sums.write(offset, digests)
+
+            pieces = units(image.size, image.reader.extents())
+            pass_over(f"{repository.name} (digests of {revision.id})", image.size, pieces, work)
+            os.fchmod(fd, 0o440)
+            sync(fd)
+            if sums.digest() != revision.digest:
+                log.warning("%s: %s fits no digests any more", repository.name, revision.id)
+                return False
+            target = f"{revision.id}.sums"
+            os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            sync(dir_fd)
+            return True
+        finally:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=dir_fd)
+
+
+def repair(repository: Repository) -> None:
+    """Find who shares the damage that is known, and heal what can be; under the job's lock."""
+    known = [one for one in repository.complete if one.damaged and not one.problem]
+    offsets = block_offsets(span for revision in known for span in revision.damaged)
+    find_shared_damage(repository, offsets)
+    for revision in [one for one in repository.complete if one.damaged and not one.problem]:
+        try:
+            heal(repository, revision)
+        except BackyError as e:
+            log.warning("%s", e)
+
+
 # ==== Backup =================================================================
 #
 # The order of the steps is the design: metadata that says incomplete, image,
@@ -2728,14 +3120,14 @@ class Update:
             resized = offset // BLOCK + block in self.resized
             if block in changed or resized:
                 new[block] = block_digest(buffers.new[start:end])
-            comparable = block in changed and not (resized or self.fresh or self.rehash)
-            if comparable and block_digest(buffers.old[start:end]) != digests[block]:
-                self.parent_damage.append((offset + start, end - start))
+            if block in changed and not (resized or self.fresh or self.rehash):
+                self.look_at_parent(buffers.old[start:end], offset + start, digests[block])
         with explain(f"cannot write image at offset {offset}"):
             written = self.writer.update(buffers.new, offset, runs)
         with explain(f"cannot write digests for offset {offset}"):
-            if new != digests:
-                self.sums.write(offset, new)
+            for block, digest in enumerate(new):
+                if digest != digests[block]:  # never write again what was only read
+                    self.sums.write(offset + block * BLOCK, [digest])
         self.note(offset, changed, new)
         if self.trail:
             with suppress(OSError):  # costs a resumption, not this run
@@ -2758,6 +3150,17 @@ class Update:
             self.bytes_kept += length
             self.bytes_kept_written += written
         return True
+
+    def look_at_parent(self, old: memoryview, offset: int, digest: bytes) -> None:
+        """Note a block of the parent that is not what its digest says, now and when read again."""
+        if block_digest(old) == digest:
+            return
+        again = memoryview(mmap.mmap(-1, BLOCK))
+        lost = self.old.salvage(again, offset, len(old))
+        with explain(f"cannot read digests for offset {offset}"):
+            digest = self.sums.read(offset, len(old))[0]
+        if lost or block_digest(again[: len(old)]) != digest:
+            self.parent_damage.append((offset, len(old)))
 
     def read_source(self, view: memoryview, offset: int, length: int) -> None:
         try:
@@ -2937,9 +3340,7 @@ class Backup:
         with ExitStack() as stack:
             take = self.reopen if is_resumed else self.create
             image_fd, sums_fd = (take(name, stack) for name in (revision.id, f"{revision.id}.sums"))
-            cloned = is_resumed
-            if base is not None and not is_resumed:
-                cloned = self.clone(base, image_fd, sums_fd, still.size)
+            cloned = is_resumed or self.clone(base, image_fd, sums_fd)
             rehash = is_resumed or not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
                 if os.fstat(image_fd).st_size != still.size:
@@ -2970,7 +3371,7 @@ class Backup:
             finally:
                 self.distrust_parent(base, join_ranges(update.parent_damage))
             digest = self.settle(image_fd, sums_fd, sums)
-            proven = self.prove(update, reader)
+            proven = self.prove(update, reader, digest)
         if is_resumed:
             kept = format_size(update.bytes_kept)
             log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
@@ -3004,17 +3405,20 @@ class Backup:
         stack.callback(close, fd)
         return fd
 
-    def clone(self, base: Base, image_fd: int, sums_fd: int, size: int) -> bool:
+    def clone(self, base: Base | None, image_fd: int, sums_fd: int) -> bool:
         """Let the new image share the parent's extents; False, and a warning, where it cannot."""
         try:
-            with explain(f"{self.name}: cannot clone {base.revision.id}"):
+            with explain(f"{self.name}: cannot clone"):
+                if base is None:
+                    clone_file(sums_fd, image_fd)  # both are empty: only to know whether it works
+                    return False
                 self.clone_one(base.image_fd, image_fd)
                 if base.sums_fd is not None:
                     self.clone_one(base.sums_fd, sums_fd)
                 sync(image_fd)  # or a power failure could take the sharing and leave the trail
         except CloneUnsupported:
             log.warning(
-                "%s: this file system cannot share extents: the whole image is written again "
+                "%s: this file system cannot share extents: every revision is a full copy "
                 "(keep backups on btrfs, or on XFS made with reflink=1)",
                 self.name,
             )
@@ -3082,7 +3486,7 @@ class Backup:
             sync(self.repository.dir_fd)
         return digest
 
-    def prove(self, update: Update, reader: Reader) -> int:
+    def prove(self, update: Update, reader: Reader, digest: str) -> int:
         """Read back what was written; raises Distrusted where that is not what it should be."""
         log.info(
             "%s: performing %s verification", self.name, "partial" if update.by_digest else "full"
@@ -3092,15 +3496,18 @@ class Backup:
             label = f"{self.name} (reading back)"
             pass_over(label, reader.size, update.written_units(), check.unit)
         with explain(f"{self.name}: cannot examine the image"):
-            sizes = os.fstat(update.writer.fd).st_size, os.fstat(update.sums.fd).st_size
-        wanted = (reader.size, sums_header.size + DIGEST * -(-reader.size // BLOCK))
+            size = os.fstat(update.writer.fd).st_size
+        try:
+            update.sums.check(digest)
+        except Damaged as e:
+            raise Distrusted(f"{self.name}: verification failed: digests: {e}") from e
         if check.bad:
             raise Distrusted(
                 f"{self.name}: verification failed: the medium returns other bytes than were "
                 f"written at offset {', '.join(map(str, sorted(check.bad)[:10]))}",
                 "the disk, its cable or its controller may be failing; look at dmesg",
             )
-        if check.found != update.expected or sizes != wanted:
+        if check.found != update.expected or size != reader.size:
             raise Distrusted(f"{self.name}: verification failed: writes have been lost")
         return check.bytes_read
 
@@ -3147,8 +3554,10 @@ class Backup:
                 with explain(f"{self.name}: cannot point last to {revision.id}"):
                     self.repository.point_last()
                     self.repository.drop_trail(revision.id)
-        except BackyError as e:
-            log.warning("%s", e)
+            if any(one.damaged for one in self.repository.complete):
+                repair(self.repository)
+        except (BackyError, MemoryError) as e:
+            log.warning("%s", e or "out of memory")
         self.repository.check_presence()
         log.info(
             "%s: revision %s complete: %s, %s written, in %.1f s",
@@ -3163,81 +3572,217 @@ class Backup:
 
 # ==== Verify =================================================================
 #
-# Reading an image while holding every block against its digest.  Restore goes
-# the same way, so that it hands out nothing unseen.
+# Which blocks of which revisions are looked at, and what that says of them.  A
+# sample is a part of a partition: N runs of one part each are everything.  An
+# extent that several revisions share is read once a run.
 
 
-class CheckedImage:
-    """A revision's image, open and pinned, and what is wrong with it as far as it was read."""
+def part_blocks(first: int, last: int, part: Sample) -> Iterator[int]:
+    """The blocks from `first` to `last` (excluded) that are in this part of the partition.
 
-    def __init__(self, repository: Repository, revision: Revision, stack: ExitStack) -> None:
-        if revision.problem:
-            raise Distrusted(f"{repository.name}: {revision.id}: {revision.problem}")
-        fd = repository.open_image(revision)
-        stack.callback(close, fd)
-        self.revision, self.size = revision, os.fstat(fd).st_size
-        self.fd, self.reader = fd, Reader(fd, self.size, True)
-        self.sums: Sums | None = None
-        self.unchecked = ""
-        self.damaged: list[tuple[int, int]] = []
-        try:
-            sums_fd, self.sums = repository.open_sums(replace(revision, size=self.size))
-            stack.callback(close, sums_fd)
-        except Damaged as e:
-            self.unchecked = "it is incomplete"
-            if revision.digest:
-                self.unchecked = f"its digests are damaged: {e}"
-            elif revision.is_complete:
-                self.unchecked = "it has no digests, like all that backy 2.x made"
-
-    def pieces(self, *others: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The units in which there is something, or should be, or where `others` have something."""
-        digests = self.sums.extents() if self.sums else []
-        return units(self.size, self.reader.extents(), digests, *others)
-
-    def read(self, view: memoryview, offset: int, length: int) -> None:
-        """Fill `view`; what cannot be read is zeros.  Damage is noted, not raised."""
-        lost = {at // BLOCK for at in self.reader.salvage(view, offset, length)}
-        try:
-            digests = self.sums.read(offset, length) if self.sums else None
-        except OSError:
-            digests = None
-        for block, start, end in blocks_of(length):
-            if block in lost or (digests and block_digest(view[start:end]) != digests[block]):
-                self.damaged.append((offset + start, end - start))
-
-    def check(self, offset: int, length: int, buffers: Buffers) -> None:
-        self.read(buffers.new, offset, length)
-
-    def damage(self) -> tuple[tuple[int, int], ...]:
-        return join_ranges(self.damaged)
-
-
-def verify_revision(repository: Repository, revision: Revision) -> tuple[Revision, int]:
-    """Read all of an image from the medium; the revision as it is known now, and bytes read.
-
-    Marks the revision verified or distrusted; where that cannot be written, it
-    warns, and the result stands.  Raises BackyError when there is nothing to
-    verify against.
+    Of every N neighbours one is in each part, and which one is different from
+    stripe to stripe.
     """
-    with ExitStack() as stack:
+    for stripe in range(first // part.of, last // part.of + 1):
+        turn = (stripe * 2654435761 >> 7) % part.of
+        block = stripe * part.of + (part.last - turn) % part.of
+        if first <= block < last:
+            yield block
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a verification looks at: everything, or one part of so many, until a deadline."""
+
+    parts: int = 1
+    deadline: float = math.inf
+
+
+class Verification:
+    """One revision being verified; `before` is one that was just verified, to learn from."""
+
+    def __init__(
+        self, image: CheckedImage, before: Verification | None, scope: Scope, part: Sample
+    ) -> None:
+        self.image, self.before, self.scope, self.part = image, before, scope, part
+        self.is_finished = True
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """What must be read: what is wanted, without what `before` has shown to be sound."""
+        for offset, length in self.image.pieces():
+            if time.monotonic() > self.scope.deadline:
+                self.is_finished = False
+                return
+            if self.is_known(offset, length):
+                continue
+            for start, end in self.wanted(offset, length):
+                if not self.is_known(start, end - start):
+                    yield start, end - start
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of the blocks of a unit that this run is to see."""
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        for block in (
+            part_blocks(first, last, self.part) if self.part.of > 1 else range(first, last)
+        ):
+            yield block * BLOCK, min((block + 1) * BLOCK, offset + length)
+
+    def is_known(self, offset: int, length: int) -> bool:
+        """Whether `before` has the same extents and digests there, and so the same fate."""
+        before, image = self.before, self.image
+        if before is None or offset + length > min(before.image.size, image.size):
+            return False
+        digests = image.digests(offset, length)
+        if digests != before.image.digests(offset, length):
+            return False
+        if not share_extents(image.fd, before.image.fd, offset, offset + length):
+            return False
+        for at, size in list(before.image.damaged):
+            start, end = max(at, offset), min(at + size, offset + length)
+            if start < end:
+                image.damaged.append((start, end - start))
+        return True
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verification found: in words, the bytes that were read, the ranges that are bad."""
+
+    revision: Revision
+    text: str
+    bytes_read: int = 0
+    damaged: tuple[tuple[int, int], ...] = ()
+    is_damaged: bool = False
+
+
+class Verifier:
+    """A run over some revisions of a job, and what it makes of them."""
+
+    def __init__(self, repository: Repository, scope: Scope) -> None:
+        self.repository, self.scope = repository, scope
+        self.results: list[Result] = []
+
+    def run(self, revisions: list[Revision]) -> None:
+        """Verify these, in this order, and mark each.  Heals what it can if damage is found."""
+        number = self.next_part(revisions)
+        before: Verification | None = None
+        held = ExitStack()  # the files of `before`
+        try:
+            for revision in revisions:
+                if time.monotonic() > self.scope.deadline:
+                    self.results.append(Result(revision, "not looked at, time is up"))
+                    continue
+                with ExitStack() as stack:
+                    run = self.verify(revision, before, number, stack)
+                    if run:
+                        held.close()
+                        before, held = run, stack.pop_all()
+                        run.before = None
+        finally:
+            held.close()
+        if any(result.is_damaged for result in self.results):
+            self.repair()
+
+    def next_part(self, revisions: list[Revision]) -> int:
+        """The part after the one that was seen last, so that N runs in a row are everything."""
+        seen = [one.sample for one in revisions if one.sample and one.sample.of == self.scope.parts]
+        return (max(seen, key=lambda one: one.seen).last + 1) % self.scope.parts if seen else 0
+
+    def verify(
+        self, revision: Revision, before: Verification | None, number: int, stack: ExitStack
+    ) -> Verification | None:
+        repository, name = self.repository, self.repository.name
         image = CheckedImage(repository, revision, stack)
         if image.sums is None:
-            raise Distrusted(
-                f"{repository.name}: {revision.id} cannot be verified: {image.unchecked}"
+            text = f"cannot be verified: {image.unchecked}"
+            self.results.append(Result(revision, text, is_damaged=bool(revision.digest)))
+            return None
+        old = revision.sample
+        follows = old and old.of == self.scope.parts and (old.last + 1) % old.of == number
+        seen = min((old.seen if old and follows else 0) + 1, self.scope.parts)
+        part = Sample(self.scope.parts, number, seen)
+        run = Verification(image, before, self.scope, part)
+        with explain(f"{name}: verify"):
+            pass_over(f"{name} (verifying {revision.id})", image.size, run.pieces(), image.check)
+        self.conclude(run)
+        return run
+
+    def conclude(self, run: Verification) -> None:
+        """Mark the revision with what is now known of it, and not more."""
+        repository, image, part = self.repository, run.image, run.part
+        values: dict[str, Any] = {}
+        if image.damaged:
+            text = "damaged"
+            known = image.revision.damaged if part.of > 1 else ()
+            values = {"trust": Trust.DISTRUSTED, "damaged": join_ranges([*image.damaged, *known])}
+        elif not run.is_finished:
+            text = "partly verified, time is up"
+        elif part.seen < part.of:
+            text = f"sound in part {part.last + 1} of {part.of}, {part.seen} of them seen"
+        else:
+            text = "sound"
+            values = {"trust": Trust.VERIFIED, "verified": datetime.now(UTC), "damaged": ()}
+        if run.is_finished and part.of > 1:
+            values["sample"] = part
+        revision = replace(image.revision, **values)
+        if values:
+            try:
+                with repository.metadata_lock():
+                    revision = repository.change(image.revision, **values)
+            except BackyError as e:
+                log.warning("%s (the result is not recorded)", e)
+        read = image.reader.bytes_read
+        self.results.append(Result(revision, text, read, image.damage(), bool(image.damaged)))
+
+    def repair(self) -> None:
+        """Mark who shares the damage, heal what can be, and say what came of it."""
+        repository = self.repository
+        try:
+            with repository.job_lock("verify"):
+                with repository.metadata_lock():
+                    pass  # what there is now
+                for at, result in enumerate(self.results):
+                    if result.is_damaged and not result.damaged:
+                        text = "sound; its digests were damaged and are made anew from its image"
+                        if rebuild_sums(repository, result.revision):
+                            self.results[at] = replace(result, text=text)
+                repair(repository)
+        except BackyError as e:
+            log.warning("%s: not healed now: %s", repository.name, e)
+        for at, result in enumerate(self.results):
+            name, text = result.revision.id, result.text
+            current = [one for one in repository.complete if one.id == name and not one.damaged]
+            if result.damaged and current:
+                text = "damaged, and healed from other revisions"
+            self.results[at] = replace(
+                result, revision=(current or [result.revision])[0], text=text
             )
 
-        with explain(f"{repository.name}: verify"):
-            pass_over(f"{repository.name} (verifying)", image.size, image.pieces(), image.check)
-        damaged, now = image.damage(), datetime.now(UTC)
-        trust = Trust.DISTRUSTED if damaged else Trust.VERIFIED
-        result = replace(revision, trust=trust, verified=now, damaged=damaged)
-        try:
-            with repository.metadata_lock():
-                result = repository.change(revision, trust=trust, verified=now, damaged=damaged)
-        except BackyError as e:
-            log.warning("%s (the result is not recorded)", e)
-        return result, image.reader.bytes_read
+
+def compare_with_source(repository: Repository, revision: Revision, source: Source) -> int:
+    """Read revision and source, say where they differ; how many bytes do, in pages."""
+    with ExitStack() as stack, source.snapshot("backy") as still:
+        image = CheckedImage(repository, revision, stack)
+        if still.size != image.size:
+            sizes = f"the source has {still.size} bytes, {revision.id} has {image.size}"
+            raise Distrusted(f"{repository.name}: {sizes}")
+        differing: list[tuple[int, int]] = []
+
+        def compare(offset: int, length: int, buffers: Buffers) -> None:
+            image.read(buffers.new, offset, length)
+            still.reader.read(buffers.old, offset, length)
+            for start, end, _ in differing_runs(buffers, length):
+                differing.append((offset + start, end - start))
+
+        with explain(f"{repository.name}: cannot compare with the source"):
+            pieces = image.pieces(still.reader.extents())
+            pass_over(f"{repository.name} (comparing)", image.size, pieces, compare)
+        still.check()
+        for line in describe_ranges(join_ranges(differing)):
+            output(f"{revision.id}: differs from the source: {line}\n")
+        if image.damage():
+            raise Distrusted(f"{repository.name}: {revision.id} is damaged: backy verify")
+        return sum(length for _, length in join_ranges(differing))
 
 
 # ==== Restore ================================================================
@@ -3350,9 +3895,11 @@ class Restore:
                 self.old = Reader(fd, self.image.size, not is_cached(fd, self.image.size))
 
     def unit(self, offset: int, length: int, buffers: Buffers) -> None:
-        self.image.read(buffers.new, offset, length)
-        if self.shared:
-            return  # it was read to be checked
+        mended = self.image.read(buffers.new, offset, length)
+        if self.shared:  # it was read to be checked
+            for start, end in mended:
+                write_all(self.target.fd, buffers.new[start:end], offset + start)
+            return
         lost = self.old.salvage(buffers.old, offset, length) if self.old else []
         with explain(f"cannot write {self.shown} at offset {offset}"):
             runs = differing_runs(buffers, length, self.old is None, lost)
@@ -3384,7 +3931,8 @@ def restore_revision(repository: Repository, revision: Revision, path: str, forc
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        image = CheckedImage(repository, revision, stack)
+        donors = Donors(repository, revision, stack)
+        image = CheckedImage(repository, revision, stack, donors.mend)
         target = open_target(repository, path, image.size, force, stack)
         announce(repository, image)
         restore = Restore(repository, image, target)
@@ -3433,6 +3981,9 @@ def announce(repository: Repository, image: CheckedImage) -> None:
 
 def confess(repository: Repository, image: CheckedImage) -> None:
     """Raise Distrusted with the byte ranges that are not what they should be."""
+    for line in describe_ranges(join_ranges(image.mended)):
+        name = image.revision.id
+        log.warning("%s: %s: %s: taken from another revision", repository.name, name, line)
     damaged = image.damage()
     if damaged:
         for line in describe_ranges(damaged):
@@ -3440,14 +3991,15 @@ def confess(repository: Repository, image: CheckedImage) -> None:
         raise Distrusted(
             f"{repository.name}: {sum(length for _, length in damaged)} bytes of "
             f"{image.revision.id} are not what was backed up; all else is restored",
-            "the same bytes may be sound in another revision: backy status, restore -r",
+            "no other revision has them; the same place may be sound in an older or newer one",
         )
 
 
 def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None:
     """Write the image, and nothing else, to `fd`."""
     with ExitStack() as stack:
-        image = CheckedImage(repository, revision, stack)
+        donors = Donors(repository, revision, stack)
+        image = CheckedImage(repository, revision, stack, donors.mend)
         announce(repository, image)
         buffers, zeros = Buffers(), memoryview(ZEROS)
         position = 0
@@ -3599,10 +4151,11 @@ class Selftest:
         if abilities["share extents between revisions"] and two.bytes_written > 3 * MiB:
             raise BackyError("selftest: the second backup wrote more than what changed")
         for revision in (one, two):
-            self.verify(self.job, revision.id, damaged=False)
+            if self.verify(self.job, revision.id).is_damaged:
+                raise Distrusted(f"selftest: {revision.id} was found damaged")
         self.step("verified both against their digests", 2 * self.SIZE)
         at = self.damage_copy(two.id)
-        self.step(f"flipped one bit at {at} of a copy: found, named, distrusted")
+        self.step(f"flipped one bit at {at} of a copy: found, named, healed")
         target = os.path.join(self.directory, "restored.img")
         for revision, digest in ((one, first), (two, second)):
             with Repository.open(self.job) as repository:
@@ -3663,12 +4216,11 @@ class Selftest:
         with Repository.open(self.job) as repository, repository.job_lock("selftest"):
             return Backup(repository, load_job(repository), parse_tags(tags)).run()
 
-    def verify(self, job: str, name: str, damaged: bool) -> Revision:
+    def verify(self, job: str, name: str) -> Result:
         with Repository.open(job) as repository:
-            revision, _ = verify_revision(repository, repository.find(name))
-        if (revision.trust is Trust.DISTRUSTED) != damaged:
-            raise Distrusted(f"selftest: {name} was {'not ' if damaged else ''}found damaged")
-        return revision
+            verifier = Verifier(repository, Scope())
+            verifier.run([repository.find(name)])
+        return verifier.results[0]
 
     def damage_copy(self, name: str) -> int:
         """Flip one bit in a copy of the job; verification must name the block it is in."""
@@ -3683,9 +4235,12 @@ class Selftest:
             file.write(bytes([byte ^ 1]))
             file.flush()
             sync(file.fileno())
-        found = self.verify(copy, name, damaged=True).damaged
+        result = self.verify(copy, name)
+        found = result.damaged
         if found != ((at - at % BLOCK, BLOCK),):
             raise Distrusted(f"selftest: damage at {at} was reported as {found}")
+        if result.revision.damaged or self.verify(copy, name).is_damaged:
+            raise Distrusted(f"selftest: damage at {at} was not healed")
         return at
 
 
@@ -3727,16 +4282,22 @@ def command(
     return register
 
 
-SPEC_HELP = (
-    "number (0 is the newest), last, id or its beginning, tag, or ISO date or time (default: last)"
-)
+SPEC_WORDS = "number (0 is the newest), last, id or its beginning, tag, or ISO date or time"
+SPEC_HELP = f"{SPEC_WORDS} (default: last)"
 REVISION = argument("-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_HELP)
+THE_REVISION = argument(
+    "-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_WORDS
+)
 FORCE = argument("-f", "--force", action="store_true", help="do it without asking")
 JSON = argument("--json", action="store_true", help="print JSON")
 
 
 def output_json(**values: Any) -> None:
     output(json.dumps({"version": 1, **values}, indent=2) + "\n")
+
+
+def ranges_json(ranges: ListLike[tuple[int, int]]) -> list[dict[str, int]]:
+    return [{"offset": offset, "length": length} for offset, length in ranges]
 
 
 def revision_json(revision: Revision) -> dict[str, Any]:
@@ -3752,7 +4313,7 @@ def revision_json(revision: Revision) -> dict[str, Any]:
         "trust": revision.trust.value,
         "verified": format_time_json(revision.verified),
         "protected": revision.protected,
-        "damaged": [{"offset": offset, "length": length} for offset, length in revision.damaged],
+        "damaged": ranges_json(revision.damaged),
         "problem": revision.problem or None,
     }
 
@@ -3832,6 +4393,8 @@ def status_row(revision: Revision) -> list[str]:
         tags = f"{tags} (incomplete)".strip()
     elif revision.problem:
         tags = f"{tags} (no image)".strip()
+    elif revision.trust is Trust.DISTRUSTED:
+        tags = f"{tags} (distrusted)".strip()
     durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
     size = format_size(revision.bytes_written)
     return [format_time(revision.timestamp), revision.id, size, durat, tags]
@@ -3882,26 +4445,138 @@ def restore(args: argparse.Namespace) -> None:
             restore_revision(repository, revision, args.target, args.force)
 
 
-@command(REVISION, JSON, examples="backy -b /srv/backy/vm1 verify -r 0")
+def parse_sample(text: str) -> int:
+    """`5%` is one part of 20; the number of parts."""
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)%?", text, re.ASCII)
+    percent = float(match[1]) if match else 0.0
+    if not 0.001 <= percent <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: more than 0 and at most 100%")
+    return math.ceil(100 / percent - 1e-9)
+
+
+def parse_limit(text: str) -> float:
+    try:
+        return parse_duration(text).total_seconds()
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+@command(
+    REVISION,
+    argument(
+        "-a", "--all", action="store_true", help="all revisions; what they share is read once"
+    ),
+    argument("--oldest", action="store_true", help="all, the one verified longest ago first"),
+    argument(
+        *("--sample", "--samples"),
+        metavar="SHARE",
+        dest="parts",
+        type=parse_sample,
+        default=1,
+        help="only this share, 5%%, and another one each time, until all is seen",
+    ),
+    argument("--max-duration", metavar="TIME", type=parse_limit, help="stop after 30m, 2h"),
+    argument("--source", action="store_true", help="compare with the source, byte by byte"),
+    JSON,
+    examples=(
+        "backy -b /srv/backy/vm1 verify\n"
+        "backy -b /srv/backy/vm1 verify --all --sample 5%\n"
+        "backy -b /srv/backy/vm1 verify --oldest --max-duration 1h"
+    ),
+)
 def verify(args: argparse.Namespace) -> None:
-    """Read a revision from the disk and hold it against its digests."""
-    started = time.monotonic()
+    """Read revisions from the disk and hold them against their digests."""
     with Repository.open(args.directory) as repository:
-        revision, read = verify_revision(repository, repository.find(args.revision))
-    damaged = sum(length for _, length in revision.damaged)
+        chosen = choose_to_verify(repository, args)
+        if args.source:
+            compare_to_source(repository, chosen[0])
+            return
+        scope = Scope(args.parts, time.monotonic() + (args.max_duration or math.inf))
+        verifier = Verifier(repository, scope)
+        verifier.run(chosen)
     if args.json:
-        output_json(revisions=[{**revision_json(revision), "bytes_read": read}])
-    elif damaged:
-        for line in describe_ranges(revision.damaged):
-            output(f"{revision.id}: damaged: {line}\n")
+        listing = [
+            {
+                **revision_json(result.revision),
+                "result": result.text,
+                "bytes_read": result.bytes_read,
+                "damaged": ranges_json(result.damaged),
+            }
+            for result in verifier.results
+        ]
+        output_json(revisions=listing)
     else:
-        seconds = time.monotonic() - started
-        output(f"{revision.id}: sound: {format_size(read)} read in {seconds:.1f} s\n")
-    if damaged:
+        for result in verifier.results:
+            read = format_size(result.bytes_read)
+            output(f"{result.revision.id}: {result.text} ({read} read)\n")
+            for line in describe_ranges(result.damaged):
+                output(f"{result.revision.id}: damaged: {line}\n")
+    if any(result.is_damaged for result in verifier.results):
         raise Distrusted(
-            f"{repository.name}: {revision.id} is damaged in {damaged} bytes and is now distrusted",
-            "restore still works and lists what is lost; the next backup does not build on it",
+            f"{repository.name}: damage was found",
+            "restore still works and lists what is lost; backy status -v shows what is distrusted",
         )
+    if len(verifier.results) == 1 and "cannot" in verifier.results[0].text:
+        result = verifier.results[0]
+        raise Distrusted(f"{repository.name}: {result.revision.id} {result.text}")
+
+
+def choose_to_verify(repository: Repository, args: argparse.Namespace) -> list[Revision]:
+    if (args.all or args.oldest) and args.source:
+        raise BackyError("--source compares one revision: name it with -r")
+    if not (args.all or args.oldest):
+        return [repository.find(args.revision)]
+    chosen = [revision for revision in repository.complete if not revision.problem]
+    if args.oldest:
+        chosen.sort(key=lambda one: one.verified or EPOCH)
+    if not chosen:
+        raise NotFound(f"{repository.name}: there is no complete revision yet")
+    return chosen
+
+
+def compare_to_source(repository: Repository, revision: Revision) -> None:
+    differing = compare_with_source(repository, revision, load_job(repository).source)
+    if differing:
+        raise Distrusted(
+            f"{repository.name}: {revision.id} differs from its source in {differing} bytes"
+        )
+    output(f"{revision.id}: equal to its source\n")
+
+
+def parse_dates(text: str) -> tuple[datetime, datetime]:
+    period = parse_period(text)
+    if period is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date or time like 2026-11-05T10:15")
+    return period
+
+
+@command(
+    THE_REVISION,
+    argument(
+        "--from",
+        dest="first",
+        metavar="DATE",
+        type=parse_dates,
+        help="all from this date or time on",
+    ),
+    argument("--until", metavar="DATE", type=parse_dates, help="all up to its end"),
+    examples="backy -b /srv/backy/vm1 distrust --from 2026-11-01 --until 2026-11-05",
+)
+def distrust(args: argparse.Namespace) -> None:
+    """Mark revisions as not to be relied on; without -r or dates, all of them."""
+    first = args.first[0] if args.first else datetime.min.replace(tzinfo=UTC)
+    until = args.until[1] if args.until else datetime.max.replace(tzinfo=UTC)
+    with Repository.open(args.directory) as repository, repository.metadata_lock():
+        chosen = [one for one in repository.complete if first <= one.timestamp <= until]
+        if args.given:
+            chosen = [repository.find(args.revision)]
+        for revision in chosen:
+            if not revision.is_complete:
+                raise BackyError(f"{repository.name}: {revision.id} is incomplete")
+            repository.change(revision, trust=Trust.DISTRUSTED, sample=None)
+            log.info("%s: %s is distrusted", repository.name, revision.id)
+        if not chosen:
+            raise NotFound(f"{repository.name}: no revision is meant")
 
 
 def set_protection(args: argparse.Namespace, protected: bool) -> None:
@@ -3927,11 +4602,11 @@ def unprotect(args: argparse.Namespace) -> None:
     set_protection(args, False)
 
 
-@command(REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
+@command(THE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
 def forget(args: argparse.Namespace) -> None:
     """Delete a revision."""
     with Repository.open(args.directory) as repository:
-        revision = repository.find(args.revision)
+        revision = find_for_removal(repository, args.revision)
         may_forget(repository, revision)
         if not args.force:
             confirm(
@@ -3941,10 +4616,22 @@ def forget(args: argparse.Namespace) -> None:
             if not revision.is_complete:  # perhaps it is just being made
                 stack.enter_context(repository.job_lock("forget"))
             stack.enter_context(repository.metadata_lock())
-            revision = repository.find(revision.id)
+            revision = find_for_removal(repository, revision.id)
             may_forget(repository, revision)
             repository.remove(revision)
         log.info("%s: %s is deleted", repository.name, revision.id)
+
+
+def find_for_removal(repository: Repository, spec: str) -> Revision:
+    """Like find(), but only a full id counts while there is metadata that cannot be read."""
+    revision = repository.find(spec)
+    if repository.problems and spec != revision.id:
+        names = printable(", ".join(name for name, _ in repository.problems))
+        raise BackyError(
+            f"{repository.name}: cannot read {names}, so {printable(spec)!r} may mean another one",
+            "name the revision by its full id",
+        )
+    return revision
 
 
 def may_forget(repository: Repository, revision: Revision) -> None:
@@ -3959,9 +4646,6 @@ def may_forget(repository: Repository, revision: Revision) -> None:
             f"{repository.name}: {revision.id} is the only good revision",
             "make another backup first",
         )
-    if repository.problems:
-        names = ", ".join(name for name, _ in repository.problems)
-        log.warning("%s: unreadable and left alone: %s", repository.name, printable(names))
 
 
 def confirm(question: str) -> None:
@@ -3985,9 +4669,8 @@ def selftest(args: argparse.Namespace) -> None:
     try:
         directory = tempfile.mkdtemp(prefix="backy-selftest-", dir=args.place)
     except OSError as e:
-        raise BackyError(
-            f"cannot make a temporary directory: {e.strerror}", "name one: selftest DIR"
-        ) from e
+        where = printable(args.place or tempfile.gettempdir())
+        raise BackyError(f"cannot make a directory in {where}: {e.strerror}") from e
     try:
         log.setLevel(logging.ERROR)
         Selftest(os.path.realpath(directory)).run()
@@ -4094,14 +4777,14 @@ def same_file(path: str | int, fd: int) -> bool:
     return False
 
 
-def choose_log(args: argparse.Namespace) -> None:
+def choose_log(args: argparse.Namespace) -> bool:
     """Start the log, but never into the stream that carries an image."""
     path, quiet = args.logfile, False
     if args.command == "restore" and args.target == "-":
-        quiet = Progress.silent = same_file(2, 1)
+        quiet = Progress.silent = same_file(2, 1) and not os.isatty(1)
         if path and same_file(path, 1):
             path = None
-    start_log(path, args.verbose, quiet)
+    return start_log(path, args.verbose, quiet)
 
 
 def raise_stopped(number: int, _: object) -> None:
@@ -4144,11 +4827,14 @@ def run_command(args: argparse.Namespace) -> int:
 
 def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """-r may stand before the command too; without it the last is meant, but not to delete."""
-    if args.revision is not None and REVISION not in COMMANDS[args.command].arguments:
+    if any(isinstance(value, list) for value in vars(args).values()):
+        parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
+    if args.revision is not None and "-r SPEC" not in parser.format_usage():
         parser.error(f"{args.command} takes no -r")
     if args.revision is None and args.command == "forget":
         parser.error("forget needs -r SPEC")
-    if args.revision is None:
+    args.given = args.revision is not None
+    if not args.given:
         args.revision = "last"
 
 
@@ -4174,11 +4860,11 @@ def main(argv: ListLike[str] | None = None) -> int:
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     catch_signals()
-    choose_log(args)
-    if args.logfile:
+    to_file = choose_log(args)
+    if to_file:
         log.info("$ %s", printable(" ".join(["backy", *words])))
     status = run_command(args)
-    if args.logfile:
+    if to_file:
         log.info("Backy operation %s.", "failed" if status else "complete")
     return status
 
