@@ -6,7 +6,7 @@ Every revision is a complete raw image that shares its unchanged extents with
 its siblings, so a disk comes back with `dd` and a revision goes with `rm`.
 This one file is the whole program; it needs Python 3.8 and nothing else.
 
-Chapters, each using only what stands above it:
+A chapter uses only what stands above it.  Chapters:
 
     Errors         what can go wrong, and the exit status of each
     Log            one logger; forms for the terminal and for a file
@@ -2212,7 +2212,9 @@ class Repository:
         tagged = [revision for revision in complete if spec in revision.tags]
         begun = [one for one in complete if spec and one.id.startswith(spec)]
         if spec.isdigit():
-            begun = []  # a number that is out of range must not become another revision
+            begun = (
+                begun if len(spec) > 2 else []
+            )  # a number that is out of range must not become another revision
         if len(begun) > 1 or (tagged and begun and begun[0] != tagged[-1]):
             found = ", ".join(str(revision) for revision in [*tagged[-1:], *begun][:10])
             raise NotFound(f"{self.name}: {printable(spec)!r} is ambiguous: {found}")
@@ -4433,6 +4435,8 @@ def find(args: argparse.Namespace) -> None:
 def restore(args: argparse.Namespace) -> None:
     """Write a revision back to TARGET."""
     to_pipe = args.target == "-"
+    if to_pipe and sys.stdout is None:
+        raise BackyError("standard output is closed")
     if to_pipe and os.isatty(1):
         raise BackyError("an image is not written to a terminal", "redirect it, or name a file")
     with Repository.open(args.directory) as repository:
@@ -4759,14 +4763,15 @@ def indented(text: str) -> str:
 
 
 def repair_descriptors() -> None:
-    """Let no file of ours become descriptor 0, 1 or 2 because one of them was closed."""
-    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+    """Let no file of ours become descriptor 0, 1 or 2 because one of them was closed.
+
+    Results then go nowhere, as was asked for; only an image cannot, see restore.
+    """
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(
-                "/dev/null", flags
-            )  # the lowest free number; results to 1 will fail, as they should
+            os.open("/dev/null", flags)  # takes the lowest free number
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
