@@ -24,6 +24,7 @@ A chapter uses only what stands above it.  Chapters:
     Repair         sound copies of bad blocks, found and put in their place
     Backup         a revision, step by step
     Verify         which blocks are looked at, and what that says
+    Dedup          equal blocks, made to share one extent
     Restore        a revision back to a file, a device or a pipe
     Selftest       the main job, shown in a temporary directory
     Command line   the commands, then main()
@@ -35,15 +36,12 @@ import argparse
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import mmap
 import os
 import re
-import shutil
 import signal
-import socket
 import stat
 import struct
 import sys
@@ -377,6 +375,17 @@ NOT_PLAIN = re.compile(
     r"^(?:---|\.\.\.|[ #,\[\]{}&*!|>'\"%@`]|[-?:](?: |\Z))|:(?: |\Z)| #| \Z"  # anywhere
 )
 NOT_PLAIN_IN_FLOW = re.compile(NOT_PLAIN.pattern + r"|[,?:\[\]{}]")
+
+
+# Documents of lines like `key: 2026-11-05 10:15`, `key: {a: 1, b: c}`, `key: [a, b]` and no other.
+SHORT_NAME = "[a-z][0-9a-z_-]*"
+SHORT_WORD = re.compile("[0-9A-Za-z]+(?:(?: [.+/-]*|[.+/-]+)[0-9A-Za-z]+)*")
+SHORT_PAIR = re.compile(f"({SHORT_NAME}): ({SHORT_WORD.pattern})")
+SHORT_TEXT = re.compile(
+    f"(?:{SHORT_NAME}: (?:[0-9A-Za-z]+(?:(?: [.+/-]*|[.+/:-]+)[0-9A-Za-z]+)*"
+    rf"|\{{{SHORT_PAIR.pattern}(?:, {SHORT_PAIR.pattern})*\}}"
+    rf"|\[{SHORT_WORD.pattern}(?:, {SHORT_WORD.pattern})*\])\n)+"
+)
 
 
 class YAMLError(BackyError):
@@ -862,10 +871,45 @@ class YAMLParser:
             self.fail("half of a surrogate pair in double quotes", start)
 
 
+def parse_short_lines(text: str) -> Mapping | None:
+    """What YAMLParser makes of `text`, ten times faster, if it is as plain as our own metadata."""
+    if not SHORT_TEXT.fullmatch(text):
+        return None
+    entries: dict[str, tuple[Scalar, Node]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        key, _, value = line.partition(": ")
+        column = len(key) + 3
+        node: Node
+        if value[0] == "{":
+            pairs: dict[str, tuple[Scalar, Node]] = {}
+            for match in SHORT_PAIR.finditer(value):
+                at = column + match.start()
+                name = Scalar(match[1], True, number, at)
+                pairs[match[1]] = name, Scalar(match[2], True, number, column + match.start(2))
+            node = Mapping(pairs, number, column)
+            if len(pairs) < value.count(": "):
+                return None
+        elif value[0] == "[":
+            words = [
+                Scalar(match[0], True, number, column + match.start())
+                for match in SHORT_WORD.finditer(value)
+            ]
+            node = Sequence(list(words), number, column)
+        else:
+            node = Scalar(value, True, number, column)
+        if key in entries:
+            return None
+        entries[key] = Scalar(key, True, number, 1), node
+    return Mapping(entries, 1, 1)
+
+
 def parse_yaml(text: str) -> Node:
     """The root of the document in `text`; an empty document is an empty scalar."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_YAML_TEXT:
         raise YAMLError(f"longer than {MAX_YAML_TEXT} bytes", 1, 1)
+    short = parse_short_lines(text) if len(text) < 4096 else None
+    if short is not None:
+        return short
     return YAMLParser(text[1:] if text.startswith("\ufeff") else text).document()
 
 
@@ -1223,20 +1267,35 @@ def drop_cache(fd: int, offset: int = 0, length: int = 0) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+def give_memory_back() -> None:
+    """Return to the system what starting has used; a few MiB were needed to compile this file."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def is_cached(fd: int, size: int) -> bool:
-    """Whether most of the file is in the page cache, by a sample of 64 places."""
+    """Whether most of the file is in the page cache, by a sample of 64 places.
+
+    To ask for a page that is not there makes the kernel read it: another place
+    each time, and forgotten afterwards, or the next answer would be wrong.
+    """
     if not size:
         return True
-    probe = bytearray(1)
-    hits = 0
-    for place in range(64):
+    probe, missed = bytearray(1), []
+    for number in os.urandom(8 * 64)[::8]:
+        place = (size * number + int.from_bytes(os.urandom(8), "big") % size) // 256
         try:
-            hits += os.preadv(fd, [probe], size * place // 64, os.RWF_NOWAIT)
+            if os.preadv(fd, [probe], place, os.RWF_NOWAIT) == 0:
+                missed.append(place)
         except BlockingIOError:
-            continue
+            missed.append(place)
         except OSError:  # no such call on this file system: leave its cache alone
             return True
-    return hits > 32
+    for place in missed:
+        drop_cache(fd, place - place % PAGE, PAGE)
+    return len(missed) < 32
 
 
 def device_writes(number: int) -> tuple[str, ...]:
@@ -1633,6 +1692,7 @@ def work_through(
             work(offset, length, buffers)
             tick()
         return
+    give_memory_back()
     queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
     failures: list[BaseException] = []
 
@@ -2247,7 +2307,7 @@ class Repository:
                     raise Busy(f"{self.name} is locked by {holder or 'another process'}")
                 time.sleep(0.1)
             since = format_time(datetime.now(UTC))
-            holder = f"{verb} (pid {os.getpid()} on {socket.gethostname()}, since {since} UTC)\n"
+            holder = f"{verb} (pid {os.getpid()} on {os.uname().nodename}, since {since} UTC)\n"
             with suppress(OSError):  # a full disk does not keep anyone from locking
                 os.ftruncate(fd, 0)
                 write_all(fd, holder.encode(), 0)
@@ -2279,6 +2339,19 @@ class Repository:
             raise FileNotFoundError(errno.ENOENT, "it has just been removed")
         except OSError as e:
             raise BackyError(f"{self.name}: cannot open image {revision.id}: {e.strerror}") from e
+
+    def count_extents(self, revision: Revision) -> int | None:
+        """In how many pieces the image lies on the disk; None where that cannot be known."""
+        try:
+            fd = open_regular(self.dir_fd, revision.id)
+        except OSError:
+            return None
+        try:
+            return count_extents(fd)
+        except OSError:
+            return None
+        finally:
+            close(fd)
 
     def open_sums(self, revision: Revision) -> tuple[int, Sums]:
         """The digests of `revision`, checked.  Raises Damaged when there are none to rely on."""
@@ -2573,9 +2646,11 @@ class Job:
 
     source: Source
     verify: VerifyMode
+    rewrite_above: int  # extents; 0 is never
 
 
-JOB_KEYS = ("type", "verify", "full-always", "backend")
+JOB_KEYS = ("type", "verify", "rewrite-above", "full-always", "backend")
+REWRITE_ABOVE = 100_000
 
 
 def load_job(repository: Repository) -> Job:
@@ -2616,7 +2691,10 @@ def load_job(repository: Repository) -> Job:
             f"{where}: verify is full or written, not {options['verify']!r}"
         ) from None
     try:
-        return Job(kind.load(options), mode)
+        limit = options.get("rewrite-above") or str(REWRITE_ABOVE)
+        if not re.fullmatch("[0-9]{1,12}", limit, re.ASCII):
+            raise ConfigError(f"rewrite-above is a number of extents, not {printable(limit)!r}")
+        return Job(kind.load(options), mode, int(limit))
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}", e.hint) from e
 
@@ -3342,7 +3420,8 @@ class Backup:
         with ExitStack() as stack:
             take = self.reopen if is_resumed else self.create
             image_fd, sums_fd = (take(name, stack) for name in (revision.id, f"{revision.id}.sums"))
-            cloned = is_resumed or self.clone(base, image_fd, sums_fd)
+            origin = None if base and self.is_scattered(base) else base
+            cloned = is_resumed or self.clone(origin, image_fd, sums_fd)
             rehash = is_resumed or not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
                 if os.fstat(image_fd).st_size != still.size:
@@ -3390,6 +3469,20 @@ class Backup:
             verified=datetime.now(UTC) if everything else None,
             stats=stats,
         )
+
+    def is_scattered(self, base: Base) -> bool:
+        """Whether the parent lies in so many pieces that a new image in one piece is better."""
+        limit = self.job.rewrite_above
+        with suppress(OSError):
+            count = count_extents(base.image_fd) if limit else 0
+            if count > limit:
+                space = os.statvfs(self.repository.path)
+                needed = os.fstat(base.image_fd).st_blocks * 512
+                if space.f_bavail * space.f_frsize > 2 * needed:
+                    log.info("%s: %d extents: the image is written anew", self.name, count)
+                    return True
+                log.warning("%s: %d extents, but no room to write it anew", self.name, count)
+        return False
 
     def create(self, name: str, stack: ExitStack) -> int:
         with explain(f"{self.name}: cannot create {name}"):
@@ -3560,7 +3653,8 @@ class Backup:
                 repair(self.repository)
         except (BackyError, MemoryError) as e:
             log.warning("%s", e or "out of memory")
-        self.repository.check_presence()
+        with suppress(MemoryError):
+            self.repository.check_presence()
         log.info(
             "%s: revision %s complete: %s, %s written, in %.1f s",
             self.name,
@@ -3785,6 +3879,165 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
         if image.damage():
             raise Distrusted(f"{repository.name}: {revision.id} is damaged: backy verify")
         return sum(length for _, length in join_ranges(differing))
+
+
+# ==== Dedup ==================================================================
+#
+# Blocks with one digest in several places are made to share one extent: across
+# revisions, and across jobs of one file system.  Nothing is rewritten; the kernel
+# compares the bytes before it lets go of one copy.
+
+
+class Buckets:
+    """Records of one size, spread over temporary files so that each is small enough to sort."""
+
+    def __init__(self, size: int, stack: ExitStack) -> None:
+        import tempfile
+
+        self.size, self.stack, self.make = size, stack, tempfile.TemporaryFile
+        self.files: dict[int, Any] = {}
+
+    def add(self, bucket: int, record: bytes) -> None:
+        if bucket not in self.files:
+            self.files[bucket] = self.stack.enter_context(self.make(buffering=4 * KiB))
+        self.files[bucket].write(record)
+
+    def sorted(self) -> Iterator[list[bytes]]:
+        """The records of each bucket, sorted; a bucket is gone when the next is asked for."""
+        for bucket in sorted(self.files):
+            file = self.files[bucket]
+            file.seek(0)
+            yield sorted(iter(lambda file=file: file.read(self.size), b""))
+            file.close()
+
+
+found_block = struct.Struct(">32sIQ")  # digest, number of the image, offset
+found_match = struct.Struct(">IQIQ")  # image, offset; and the other image, offset
+
+
+class Dedup:
+    """One run over all images of some jobs; memory does not grow with them."""
+
+    FILES = 64  # open at a time
+    REGION = 4 * GiB
+
+    def __init__(self, repositories: list[Repository], dry_run: bool) -> None:
+        self.images = [
+            (repository, revision)
+            for repository in repositories
+            for revision in repository.complete
+            if revision.is_good and revision.digest
+        ]
+        self.dry_run = dry_run
+        self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
+        self.blocks = self.candidates = self.shared = 0
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.close_all)
+            digests = Buckets(found_block.size, stack)
+            matches = Buckets(found_match.size, stack)
+            count = max(1, sum(revision.size or 0 for _, revision in self.images) // BLOCK)
+            buckets = min(256, -(-count // 50_000))
+            self.collect(digests, buckets)
+            for records in digests.sorted():
+                self.match(records, matches)
+            for records in matches.sorted():
+                self.share(records)
+
+    def collect(self, digests: Buckets, buckets: int) -> None:
+        """Note every block that an image does not have in common with the one before it."""
+        before: Sums | None = None
+        for number, (repository, revision) in enumerate(self.images):
+            image = self.open(number)
+            if image is None or image.sums is None:
+                continue
+            sums = image.sums
+            follows = number and self.images[number - 1][0] is repository
+            with explain(f"{repository.name}: cannot read digests of {revision.id}"):
+                for offset, length in units(image.size, sums.extents()):
+                    mine = sums.read(offset, length)
+                    theirs: list[bytes] = []
+                    if follows and before and offset + length <= before.size:
+                        theirs = before.read(offset, length)
+                    for block, digest in enumerate(mine):
+                        at = offset + block * BLOCK
+                        if digest == bytes(DIGEST) or at + BLOCK > image.size:
+                            continue
+                        self.blocks += 1
+                        if block < len(theirs) and theirs[block] == digest:
+                            continue
+                        record = found_block.pack(digest, number, at)
+                        digests.add(int.from_bytes(digest[:4], "big") % buckets, record)
+            before = sums
+
+    def match(self, records: list[bytes], matches: Buckets) -> None:
+        """Of equal blocks the first is the one that the others are to share."""
+        first: tuple[bytes, int, int] | None = None
+        for record in records:
+            digest, number, offset = found_block.unpack(record)
+            if first is None or digest != first[0]:
+                first = digest, number, offset
+                continue
+            self.candidates += BLOCK
+            region = number * 1_000_000 + offset // self.REGION
+            matches.add(region, found_match.pack(number, offset, first[1], first[2]))
+
+    def share(self, records: list[bytes]) -> None:
+        """Share these blocks of one image, neighbours together."""
+        run: list[int] = []  # number, offset, other, other offset, length
+        for record in records:
+            number, offset, other, place = found_match.unpack(record)
+            follows = run and (run[0], run[2]) == (number, other) and run[4] < 16 * MiB
+            if follows and run[1] + run[4] == offset and run[3] + run[4] == place:
+                run[4] += BLOCK
+                continue
+            self.share_run(run)
+            run = [number, offset, other, place, BLOCK]
+        self.share_run(run)
+
+    def share_run(self, run: list[int]) -> None:
+        if not run:
+            return
+        number, offset, other, place, length = run
+        image, origin = self.open(number), self.open(other)
+        if image is None or origin is None:
+            return
+        mine = places(image.fd, offset, offset + length)
+        theirs = places(origin.fd, place, place + length)
+        if mine is not None and theirs is not None:
+            moved = [(at - place + offset, physical, size) for at, physical, size in theirs]
+            if mine == moved:
+                return
+        if self.dry_run:
+            self.shared += length
+            return
+        try:
+            self.shared += dedupe_range(origin.fd, place, length, image.fd, offset)
+        except OSError as e:
+            if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
+                raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
+            log.warning("%s: %s", image.revision.id, e.strerror)
+
+    def open(self, number: int) -> CheckedImage | None:
+        """The image of that number, open as long as there is room."""
+        if number in self.opened:
+            return self.opened[number][0]
+        if len(self.opened) >= self.FILES:
+            self.opened.pop(next(iter(self.opened)))[1].close()
+        repository, revision = self.images[number]
+        stack = ExitStack()
+        try:
+            image = CheckedImage(repository, revision, stack)
+        except BackyError as e:
+            log.warning("%s", e)
+            return None
+        self.opened[number] = image, stack
+        return image
+
+    def close_all(self) -> None:
+        while self.opened:
+            self.opened.popitem()[1][1].close()
 
 
 # ==== Restore ================================================================
@@ -4226,6 +4479,8 @@ class Selftest:
 
     def damage_copy(self, name: str) -> int:
         """Flip one bit in a copy of the job; verification must name the block it is in."""
+        import shutil
+
         copy, at = os.path.join(self.directory, "copy"), 3 * MiB + 12345
         shutil.copytree(self.job, copy, symlinks=True)
         path = os.path.join(copy, name)
@@ -4295,6 +4550,8 @@ JSON = argument("--json", action="store_true", help="print JSON")
 
 
 def output_json(**values: Any) -> None:
+    import json
+
     output(json.dumps({"version": 1, **values}, indent=2) + "\n")
 
 
@@ -4372,19 +4629,23 @@ def status(args: argparse.Namespace) -> None:
     """List the revisions, oldest first."""
     with Repository.open(args.directory) as repository:
         revisions = repository.revisions
+        extents = [repository.count_extents(one) if args.verbose else None for one in revisions]
         if args.json:
             problems = [{"file": name, "problem": what} for name, what in repository.problems]
             listing = [revision_json(revision) for revision in revisions]
+            for entry, count in zip(listing, extents):
+                entry["extents"] = count
             output_json(job=repository.name, revisions=listing, problems=problems)
             return
     columns = ["Date (UTC)", "ID", "Size", "Durat", "Tags"]
     rows = [status_row(revision) for revision in revisions]
     if args.verbose:
-        columns += ["Trust", "Verified (UTC)", "Protected"]
-        for row, revision in zip(rows, revisions):
+        columns += ["Trust", "Verified (UTC)", "Protected", "Extents"]
+        for row, revision, count in zip(rows, revisions, extents):
             verified = format_time(revision.verified) if revision.verified else "-"
             row += [revision.trust.value, verified, "yes" if revision.protected else "-"]
-    output(format_table(columns, rows, right=("Size", "Durat")))
+            row.append("-" if count is None else str(count))
+    output(format_table(columns, rows, right=("Size", "Durat", "Extents")))
     total = format_size(sum(revision.bytes_written for revision in revisions))
     output(f"{len(revisions)} revisions containing {total} data (estimated)\n")
 
@@ -4547,6 +4808,27 @@ def compare_to_source(repository: Repository, revision: Revision) -> None:
     output(f"{revision.id}: equal to its source\n")
 
 
+@command(
+    argument(
+        "others", metavar="DIR", nargs="*", help="more job directories, on the same file system"
+    ),
+    argument("-n", "--dry-run", action="store_true", help="only say how much could be shared"),
+    examples="backy -b /srv/backy/vm1 dedup -n /srv/backy/vm2 /srv/backy/vm3",
+)
+def dedup(args: argparse.Namespace) -> None:
+    """Let equal blocks of revisions and jobs share their extents."""
+    with ExitStack() as stack:
+        names = {os.path.realpath(name) for name in (args.directory, *args.others)}
+        jobs = [stack.enter_context(Repository.open(name)) for name in sorted(names)]
+        run = Dedup(jobs, args.dry_run)
+        run.run()
+    verb = "could be shared" if args.dry_run else "are now shared"
+    output(
+        f"{len(run.images)} images, {format_size(run.blocks * BLOCK)} of blocks: "
+        f"{format_size(run.shared)} {verb}\n"
+    )
+
+
 def parse_dates(text: str) -> tuple[datetime, datetime]:
     period = parse_period(text)
     if period is None:
@@ -4668,6 +4950,7 @@ def confirm(question: str) -> None:
 )
 def selftest(args: argparse.Namespace) -> None:
     """Show that backup, verification and restore work here."""
+    import shutil
     import tempfile
 
     try:
@@ -4832,7 +5115,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """-r may stand before the command too; without it the last is meant, but not to delete."""
-    if any(isinstance(value, list) for value in vars(args).values()):
+    if any(isinstance(one, list) for one in (args.directory, args.logfile, args.revision)):
         parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
     if args.revision is not None and "-r SPEC" not in parser.format_usage():
         parser.error(f"{args.command} takes no -r")
