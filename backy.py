@@ -1119,6 +1119,10 @@ FICLONE = 0x40049409
 # linux/falloc.h, since Linux 5.6 for every file system: FS_IOC_UNRESVSP64 = _IOW('X', 43, ...)
 FS_IOC_UNRESVSP64 = 0x4030582B
 space_resv = struct.Struct("=hhiqqiI16x")  # type, whence, padding, start, length, sysid, pid
+# linux/fs.h: BLKZEROOUT = _IO(0x12, 127), with start and length
+BLKZEROOUT = 0x127F
+# linux/fcntl.h: F_SETPIPE_SZ = F_LINUX_SPECIFIC_BASE + 7
+F_SETPIPE_SZ = 1031
 # linux/fs.h: FS_IOC_FSGETXATTR = _IOR('X', 31, struct fsxattr), FSSETXATTR = _IOW('X', 32, ...)
 FS_IOC_FSGETXATTR = 0x801C581F
 FS_IOC_FSSETXATTR = 0x401C5820
@@ -1242,6 +1246,23 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
     return True
 
 
+def zero_device(fd: int, offset: int, length: int) -> bool:
+    """Make a part of a block device read as zeros, in the cheapest way it has; False if none."""
+    try:
+        fcntl.ioctl(fd, BLKZEROOUT, struct.pack("=QQ", offset, length))
+    except OSError as e:
+        if e.errno in NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+def widen_pipe(fd: int) -> None:
+    """Let a pipe hold 1 MiB, so that its two ends wait less for one another."""
+    with suppress(OSError):  # not a pipe, or not allowed
+        fcntl.fcntl(fd, F_SETPIPE_SZ, MiB)
+
+
 def hint_small_copies(fd: int) -> None:
     """Ask XFS to unshare a page at a time; by default it reserves 128 KiB for each of them."""
     with suppress(OSError):  # advice only, and unknown outside XFS
@@ -1361,6 +1382,12 @@ def list_directory(dir_fd: int) -> list[str]:
         return sorted(os.listdir(fd))
     finally:
         close(fd)
+
+
+def state_of_inode(fd: int) -> str:
+    """What changes when a file is written to, replaced or copied, but not when its medium rots."""
+    status = os.fstat(fd)
+    return f"{status.st_ino} {status.st_size} {status.st_ctime_ns}"
 
 
 def file_type(dir_fd: int, name: str) -> int:
@@ -1617,10 +1644,13 @@ class Reader:
 
 
 class Writer:
-    """Writes the pages of an image that differ from what the file holds."""
+    """Writes the pages of an image that differ from what the file or device holds."""
 
-    def __init__(self, fd: int, size: int, can_punch: bool = True) -> None:
-        self.fd, self.size, self.can_punch = fd, size, can_punch
+    def __init__(self, fd: int, size: int, is_device: bool = False, direct_fd: int = -1) -> None:
+        """`direct_fd` is for whole pages, past the cache, if there is one."""
+        self.fd, self.size, self.direct_fd = fd, size, direct_fd
+        self.make_zero = zero_device if is_device else punch_hole
+        self.can_zero, self.is_device = True, is_device
         self.bytes_written = 0
         self.lock = threading.Lock()
 
@@ -1628,23 +1658,24 @@ class Writer:
         """Bring `runs` (start, end, whether all zero) of a unit to the file; the bytes written."""
         written = 0
         for start, end, zero in runs:
-            if not (zero and self.punch(offset + start, end - start)):
-                write_all(self.fd, new[start:end], offset + start)
+            if not (zero and self.zero(offset + start, end - start)):
+                aligned = start % PAGE == 0 and end % PAGE == 0
+                fd = self.direct_fd if aligned and self.direct_fd >= 0 else self.fd
+                write_all(fd, new[start:end], offset + start)
                 written += end - start
-        if (
-            runs
-        ):  # start the writing, so that the fsync is short; what was started before is clean now
+        if runs:
+            # starts the writing, so that the fsync is short; what was started before is clean now
             drop_cache(self.fd, offset, UNIT)
             drop_cache(self.fd, max(0, offset - 32 * UNIT), UNIT)
         with self.lock:
             self.bytes_written += written
         return written
 
-    def punch(self, offset: int, length: int) -> bool:
-        if self.can_punch and offset + length == self.size:
+    def zero(self, offset: int, length: int) -> bool:
+        if not self.is_device and offset + length == self.size:
             length = -(-length // PAGE) * PAGE
-        self.can_punch = self.can_punch and punch_hole(self.fd, offset, length)
-        return self.can_punch
+        self.can_zero = self.can_zero and self.make_zero(self.fd, offset, length)
+        return self.can_zero
 
 
 def differing_runs(
@@ -1672,6 +1703,19 @@ def differing_runs(
                 runs[-1] = (runs[-1][0], end, zero)
             else:
                 runs.append((start, end, zero))
+    return runs
+
+
+def all_runs(buffers: Buffers, length: int) -> list[tuple[int, int, bool]]:
+    """Like differing_runs() for an old that differs everywhere."""
+    runs: list[tuple[int, int, bool]] = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        zero = is_zero(buffers.new[start:end])
+        if runs and runs[-1][2] == zero:
+            runs[-1] = (runs[-1][0], end, zero)
+        else:
+            runs.append((start, end, zero))
     return runs
 
 
@@ -1724,6 +1768,32 @@ def work_through(
                 thread.join()
     if failures:
         raise failures[0]
+
+
+def in_order(
+    pieces: Iterable[tuple[int, int]], work: Callable[[int, int, Buffers], Any], workers: int
+) -> Iterator[tuple[int, int, Buffers]]:
+    """Call `work` for each (offset, length) ahead, in threads; yields them in order when done."""
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+
+    give_memory_back()
+    spare = [Buffers() for _ in range(workers + 1)]
+    ahead: Any = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for offset, length in pieces:
+            buffers = spare.pop()
+            ahead.append((offset, length, buffers, pool.submit(work, offset, length, buffers)))
+            if not spare:
+                spare.append(ahead[0][2])
+                yield finished(ahead.popleft())
+        while ahead:
+            yield finished(ahead.popleft())
+
+
+def finished(one: tuple[int, int, Buffers, Any]) -> tuple[int, int, Buffers]:
+    one[3].result()
+    return one[:3]
 
 
 def workers_for(size: int) -> int:
@@ -1895,6 +1965,7 @@ class Revision:
     digest: str = ""
     damaged: tuple[tuple[int, int], ...] = ()
     sample: Sample | None = None
+    image_state: str = ""  # of the inode when all of it was verified; see state_of_inode()
     source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
     stats: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -1967,6 +2038,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
         digest=decode_digest(values.get("digest")),
         damaged=decode_ranges(values.get("damaged")),
         sample=decode_sample(values.get("sample")),
+        image_state=str(values.get("image_state") or ""),
         source_state=str(values.get("source_state") or ""),
         stats=stats,
         extra=extra,
@@ -1976,7 +2048,8 @@ def decode_revision(data: bytes, name: str) -> Revision:
 
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
-    *("protected", "size", "digest", "damaged", "sample", "source_state"),
+    *("protected", "size", "digest", "damaged", "sample"),
+    *("image_state", "source_state"),
 )
 
 
@@ -2089,8 +2162,9 @@ def encode_revision(revision: Revision) -> bytes:
         values["protected"] = True
     if revision.sample:
         values["sample"] = {key: getattr(revision.sample, key) for key in ("of", "last", "seen")}
-    if revision.source_state:
-        values["source_state"] = revision.source_state
+    for key in ("image_state", "source_state"):
+        if getattr(revision, key):
+            values[key] = getattr(revision, key)
     if revision.size is not None:
         values["size"] = revision.size
     if revision.digest:
@@ -2871,6 +2945,12 @@ class CheckedImage:
                 self.damaged.append((offset + start, end - start))
         return mended
 
+    def is_untouched(self) -> bool:
+        """Whether all of it was verified, and nobody has written to the file since."""
+        revision = self.revision
+        known = revision.trust is Trust.VERIFIED and self.sums is not None
+        return known and revision.image_state == state_of_inode(self.fd)
+
     def digests(self, offset: int, length: int) -> ListLike[bytes | None]:
         """One for each block; None without digests, empty, which fits nothing, if they are lost."""
         count = -(-length // BLOCK)
@@ -3453,6 +3533,7 @@ class Backup:
                 self.distrust_parent(base, join_ranges(update.parent_damage))
             digest = self.settle(image_fd, sums_fd, sums)
             proven = self.prove(update, reader, digest)
+            state = state_of_inode(image_fd)
         if is_resumed:
             kept = format_size(update.bytes_kept)
             log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
@@ -3467,6 +3548,7 @@ class Backup:
             bytes_written=update.writer.bytes_written + update.bytes_kept_written,
             trust=Trust.VERIFIED if everything else Trust.TRUSTED,
             verified=datetime.now(UTC) if everything else None,
+            image_state=state if everything else "",
             stats=stats,
         )
 
@@ -3818,6 +3900,7 @@ class Verifier:
         else:
             text = "sound"
             values = {"trust": Trust.VERIFIED, "verified": datetime.now(UTC), "damaged": ()}
+            values["image_state"] = state_of_inode(image.fd)
         if run.is_finished and part.of > 1:
             values["sample"] = part
         revision = replace(image.revision, **values)
@@ -4136,8 +4219,10 @@ class Restore:
         self.name, self.image, self.target = repository.name, image, target
         self.shown = printable(target.path)
         self.shared = target.is_new and shares_extents(image.fd, target.fd)
-        self.writer = Writer(target.fd, image.size, can_punch=not target.is_device)
+        self.is_checked = not self.shared or not image.is_untouched()
+        self.writer = Writer(target.fd, image.size, target.is_device)
         self.old: Reader | None = None
+        self.seen = self.differed = 0  # units of the target that were compared, that were others
 
     def prepare(self, stack: ExitStack) -> None:
         """Give a file its size; open what there is, to be compared with."""
@@ -4145,9 +4230,11 @@ class Restore:
             if not self.target.is_device and os.fstat(self.target.fd).st_size != self.image.size:
                 os.ftruncate(self.target.fd, self.image.size)
             if not self.target.is_new:
-                fd = os.open(f"/proc/self/fd/{self.target.fd}", os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(f"/proc/self/fd/{self.target.fd}", os.O_RDWR | os.O_CLOEXEC)
                 stack.callback(close, fd)
                 self.old = Reader(fd, self.image.size, not is_cached(fd, self.image.size))
+                if self.target.is_device and self.old.direct:
+                    self.writer.direct_fd = fd
 
     def unit(self, offset: int, length: int, buffers: Buffers) -> None:
         mended = self.image.read(buffers.new, offset, length)
@@ -4155,16 +4242,31 @@ class Restore:
             for start, end in mended:
                 write_all(self.target.fd, buffers.new[start:end], offset + start)
             return
-        lost = self.old.salvage(buffers.old, offset, length) if self.old else []
         with explain(f"cannot write {self.shown} at offset {offset}"):
-            runs = differing_runs(buffers, length, self.old is None, lost)
-            self.writer.update(buffers.new, offset, runs)
+            self.writer.update(buffers.new, offset, self.runs(offset, length, buffers))
+
+    def runs(self, offset: int, length: int, buffers: Buffers) -> list[tuple[int, int, bool]]:
+        """What to write of a unit.
+
+        Where nearly all of the target is something else, reading it is in vain:
+        then only every sixteenth unit is compared, until one is alike again.
+        """
+        if self.old is None:
+            return differing_runs(buffers, length, fresh=True)
+        if self.seen >= 32 and self.differed > 0.95 * self.seen and offset // UNIT % 16:
+            return all_runs(buffers, length)
+        lost = self.old.salvage(buffers.old, offset, length)
+        runs = differing_runs(buffers, length, False, lost)
+        self.seen += 1
+        self.differed += sum(end - start for start, end, _ in runs) > length // 2
+        return runs
 
     def run(self) -> None:
         """Do it, to the medium.  Damage of the image is left for confess()."""
-        with explain(f"{self.name}: restore"):
-            pieces = self.image.pieces(self.old.extents() if self.old else [])
-            pass_over(f"{self.name} (restoring)", self.image.size, pieces, self.unit)
+        if self.is_checked:
+            with explain(f"{self.name}: restore"):
+                pieces = self.image.pieces(self.old.extents() if self.old else [])
+                pass_over(f"{self.name} (restoring)", self.image.size, pieces, self.unit)
         with explain(f"cannot write {self.shown} to the medium"):
             sync(self.target.fd)
             drop_cache(self.target.fd)
@@ -4172,8 +4274,10 @@ class Restore:
                 sync_parent(self.target.path)
 
     def what_was_done(self) -> str:
+        if not self.is_checked:
+            return "extents shared with what was verified and not written to since"
         if self.shared:
-            return "extents shared"
+            return "extents shared and checked"
         return f"{format_size(self.writer.bytes_written)} written"
 
 
@@ -4256,13 +4360,13 @@ def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None
         donors = Donors(repository, revision, stack)
         image = CheckedImage(repository, revision, stack, donors.mend)
         announce(repository, image)
-        buffers, zeros = Buffers(), memoryview(ZEROS)
-        position = 0
+        widen_pipe(fd)
+        zeros, position = memoryview(ZEROS), 0
         with Progress(f"{repository.name} (restoring)", image.size) as progress:
-            for offset, length in image.pieces():
+            pieces = in_order(image.pieces(), image.check, workers_for(image.size))
+            for offset, length, buffers in pieces:
                 while position < offset:
                     position += write_some(fd, zeros[: offset - position])
-                image.read(buffers.new, offset, length)
                 while position < offset + length:
                     position += write_some(fd, buffers.new[position - offset : length])
                 progress.reach(position)
