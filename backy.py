@@ -1770,6 +1770,11 @@ def work_through(
         raise failures[0]
 
 
+def finished(one: tuple[int, int, Buffers, Any]) -> tuple[int, int, Buffers]:
+    one[3].result()
+    return one[:3]
+
+
 def in_order(
     pieces: Iterable[tuple[int, int]], work: Callable[[int, int, Buffers], Any], workers: int
 ) -> Iterator[tuple[int, int, Buffers]]:
@@ -1789,11 +1794,6 @@ def in_order(
                 yield finished(ahead.popleft())
         while ahead:
             yield finished(ahead.popleft())
-
-
-def finished(one: tuple[int, int, Buffers, Any]) -> tuple[int, int, Buffers]:
-    one[3].result()
-    return one[:3]
 
 
 def workers_for(size: int) -> int:
@@ -2002,50 +2002,6 @@ def epoch_microseconds(moment: datetime) -> int:
     return (moment - EPOCH) // MICROSECOND
 
 
-def decode_revision(data: bytes, name: str) -> Revision:
-    """The revision that the text of `{name}.rev` describes.  Raises ValueError with the reason."""
-    try:
-        root = parse_yaml(data.decode("utf-8"))
-    except YAMLError as e:
-        raise ValueError(str(e)) from None
-    if not isinstance(root, Mapping):
-        raise ValueError("it is empty" if not data.strip() else "it is not a mapping")
-    extra = {key: node for key, (_, node) in root.entries.items()}
-    ours = {key: extra.pop(key) for key in REVISION_KEYS if key in extra}
-    for key in ("uuid", "timestamp"):
-        if key not in ours:
-            raise ValueError(f"it has no {key}")
-    if not isinstance(ours["uuid"], Scalar) or ours["uuid"].text != name:
-        raise ValueError("its uuid is not its name")
-    values = {key: resolve(node) for key, node in ours.items() if key not in ("stats", "tags")}
-    stats, duration, written = decode_stats(ours.get("stats"))
-    timestamp, verified = decode_timestamp(values["timestamp"]), values.get("verified")
-    clock = values.get("clock", epoch_microseconds(timestamp))
-    if not isinstance(clock, int) or not -(1 << 63) < clock < 1 << 63:
-        raise ValueError("its clock is no time")
-    return Revision(
-        id=name,
-        timestamp=timestamp,
-        clock=clock,
-        tags=decode_tags(ours.get("tags")),
-        parent=ours["parent"].text if values.get("parent") else None,
-        duration=duration,
-        bytes_written=written,
-        trust=decode_trust(values.get("trust")),
-        verified=decode_timestamp(verified) if verified is not None else None,
-        protected=values.get("protected") not in (None, False),
-        size=values["size"] if isinstance(values.get("size"), int) else None,
-        digest=decode_digest(values.get("digest")),
-        damaged=decode_ranges(values.get("damaged")),
-        sample=decode_sample(values.get("sample")),
-        image_state=str(values.get("image_state") or ""),
-        source_state=str(values.get("source_state") or ""),
-        stats=stats,
-        extra=extra,
-        known=frozenset(ours),
-    )
-
-
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
     *("protected", "size", "digest", "damaged", "sample"),
@@ -2069,6 +2025,14 @@ def decode_timestamp(value: object) -> datetime:
     return parsed
 
 
+def decode_number(node: Node, name: str) -> float:
+    value = resolve(node)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"its {name} is no number")
+    return value
+
+
 def decode_stats(node: Node | None) -> tuple[dict[str, Any], float | None, int]:
     """What we do not know of `stats`, the duration of a complete revision, the bytes written.
 
@@ -2086,14 +2050,6 @@ def decode_stats(node: Node | None) -> tuple[dict[str, Any], float | None, int]:
         None if duration is None else decode_number(duration, "duration"),
         0 if written is None else int(decode_number(written, "bytes_written")),
     )
-
-
-def decode_number(node: Node, name: str) -> float:
-    value = resolve(node)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"its {name} is no number")
-    return value
 
 
 def decode_tags(node: Node | None) -> tuple[str, ...]:
@@ -2140,6 +2096,50 @@ def decode_sample(value: object) -> Sample | None:
         if last < of and seen <= of:
             return Sample(of, last, seen)
     return None
+
+
+def decode_revision(data: bytes, name: str) -> Revision:
+    """The revision that the text of `{name}.rev` describes.  Raises ValueError with the reason."""
+    try:
+        root = parse_yaml(data.decode("utf-8"))
+    except YAMLError as e:
+        raise ValueError(str(e)) from None
+    if not isinstance(root, Mapping):
+        raise ValueError("it is empty" if not data.strip() else "it is not a mapping")
+    extra = {key: node for key, (_, node) in root.entries.items()}
+    ours = {key: extra.pop(key) for key in REVISION_KEYS if key in extra}
+    for key in ("uuid", "timestamp"):
+        if key not in ours:
+            raise ValueError(f"it has no {key}")
+    if not isinstance(ours["uuid"], Scalar) or ours["uuid"].text != name:
+        raise ValueError("its uuid is not its name")
+    values = {key: resolve(node) for key, node in ours.items() if key not in ("stats", "tags")}
+    stats, duration, written = decode_stats(ours.get("stats"))
+    timestamp, verified = decode_timestamp(values["timestamp"]), values.get("verified")
+    clock = values.get("clock", epoch_microseconds(timestamp))
+    if not isinstance(clock, int) or not -(1 << 63) < clock < 1 << 63:
+        raise ValueError("its clock is no time")
+    return Revision(
+        id=name,
+        timestamp=timestamp,
+        clock=clock,
+        tags=decode_tags(ours.get("tags")),
+        parent=ours["parent"].text if values.get("parent") else None,
+        duration=duration,
+        bytes_written=written,
+        trust=decode_trust(values.get("trust")),
+        verified=decode_timestamp(verified) if verified is not None else None,
+        protected=values.get("protected") not in (None, False),
+        size=values["size"] if isinstance(values.get("size"), int) else None,
+        digest=decode_digest(values.get("digest")),
+        damaged=decode_ranges(values.get("damaged")),
+        sample=decode_sample(values.get("sample")),
+        image_state=str(values.get("image_state") or ""),
+        source_state=str(values.get("source_state") or ""),
+        stats=stats,
+        extra=extra,
+        known=frozenset(ours),
+    )
 
 
 def encode_revision(revision: Revision) -> bytes:
@@ -2607,6 +2607,12 @@ class Source:
         yield
 
 
+class SourceChanged(BackyError):
+    """The source did not stay still, so what was read is no image of any moment."""
+
+    remedy = "back up a snapshot, or stop what writes to it (fsfreeze, virsh suspend)"
+
+
 class StillFile(Still):
     """A file or device, watched: it must not change its size, its time or its place."""
 
@@ -2658,12 +2664,6 @@ class StillFile(Still):
                 what = "vanished"
         if what:
             raise SourceChanged(f"{self.name} {what} while it was read", SourceChanged.remedy)
-
-
-class SourceChanged(BackyError):
-    """The source did not stay still, so what was read is no image of any moment."""
-
-    remedy = "back up a snapshot, or stop what writes to it (fsfreeze, virsh suspend)"
 
 
 @dataclass(frozen=True)
@@ -3039,6 +3039,13 @@ def block_offsets(ranges: Iterable[tuple[int, int]]) -> list[int]:
     return sorted(blocks)
 
 
+def tell_damage(
+    repository: Repository, revision: Revision, ranges: ListLike[tuple[int, int]]
+) -> None:
+    for line in describe_ranges(ranges):
+        log.warning("%s: %s is damaged: %s", repository.name, revision.id, line)
+
+
 def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
     """Look at these blocks in every revision, since they may share what went bad; mark them."""
     for revision in repository.complete:
@@ -3057,42 +3064,35 @@ def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
                     repository.change(revision, trust=Trust.DISTRUSTED, damaged=known)
 
 
-def tell_damage(
-    repository: Repository, revision: Revision, ranges: ListLike[tuple[int, int]]
-) -> None:
-    for line in describe_ranges(ranges):
-        log.warning("%s: %s is damaged: %s", repository.name, revision.id, line)
+def copy_image(image: CheckedImage, fd: int) -> None:
+    """Make `fd` a clone of the image, or a sparse copy where extents cannot be shared."""
+    with suppress(CloneUnsupported):
+        clone_file(image.fd, fd)
+        return
+    os.ftruncate(fd, image.size)
+    buffers, writer = Buffers(), Writer(fd, image.size)
+    for offset, length in units(image.size, image.reader.extents()):
+        image.reader.salvage(buffers.new, offset, length)
+        writer.update(buffers.new, offset, differing_runs(buffers, length, fresh=True))
 
 
-def heal(repository: Repository, revision: Revision) -> bool:
-    """Put sound copies in the place of the damaged blocks of a revision, as far as there are any.
-
-    A new image is made, forced to the medium, read back and renamed; after a crash
-    there is the old one or the new one.  True if nothing is damaged any more.
-    """
-    with ExitStack() as stack:
-        image = CheckedImage(repository, revision, stack)
-        donors = Donors(repository, revision, stack)
-        if image.sums is None:
-            return False
-        offsets = block_offsets(revision.damaged)
-        with explain(f"{repository.name}: cannot heal {revision.id}"):
-            healed = heal_clone(repository, image, donors, offsets, stack)
-    if not healed:
+def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> bool:
+    """Give `fd` a sound copy of one block, shared if that can be; False if there is none."""
+    length = min(BLOCK, image.size - offset)
+    digest = image.digests(offset, length)[0]
+    block = memoryview(bytearray(length))
+    found = donors.find(digest, offset, block) if digest else None
+    if found is None:
         return False
-    left = [(at, BLOCK) for at in offsets if at not in healed]
-    damaged = join_ranges((at, min(BLOCK, image.size - at)) for at, _ in left)
-    with repository.metadata_lock():
-        trust = Trust.DISTRUSTED if damaged else Trust.TRUSTED
-        repository.change(revision, trust=trust, damaged=damaged)
-    log.warning(
-        "%s: %s is healed in %d of %d blocks",
-        repository.name,
-        revision.id,
-        len(healed),
-        len(offsets),
-    )
-    return not damaged
+    if length < BLOCK:  # to write a part of a page would be to read it: let it go first
+        os.ftruncate(fd, offset)
+        os.ftruncate(fd, image.size)
+    elif found[0] >= 0:
+        with suppress(CloneUnsupported):
+            clone_range(found[0], found[1], length, fd, offset)
+            return True
+    write_all(fd, block, offset)
+    return True
 
 
 def heal_clone(
@@ -3132,35 +3132,35 @@ def heal_clone(
             os.unlink(name, dir_fd=dir_fd)
 
 
-def copy_image(image: CheckedImage, fd: int) -> None:
-    """Make `fd` a clone of the image, or a sparse copy where extents cannot be shared."""
-    with suppress(CloneUnsupported):
-        clone_file(image.fd, fd)
-        return
-    os.ftruncate(fd, image.size)
-    buffers, writer = Buffers(), Writer(fd, image.size)
-    for offset, length in units(image.size, image.reader.extents()):
-        image.reader.salvage(buffers.new, offset, length)
-        writer.update(buffers.new, offset, differing_runs(buffers, length, fresh=True))
+def heal(repository: Repository, revision: Revision) -> bool:
+    """Put sound copies in the place of the damaged blocks of a revision, as far as there are any.
 
-
-def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> bool:
-    """Give `fd` a sound copy of one block, shared if that can be; False if there is none."""
-    length = min(BLOCK, image.size - offset)
-    digest = image.digests(offset, length)[0]
-    block = memoryview(bytearray(length))
-    found = donors.find(digest, offset, block) if digest else None
-    if found is None:
+    A new image is made, forced to the medium, read back and renamed; after a crash
+    there is the old one or the new one.  True if nothing is damaged any more.
+    """
+    with ExitStack() as stack:
+        image = CheckedImage(repository, revision, stack)
+        donors = Donors(repository, revision, stack)
+        if image.sums is None:
+            return False
+        offsets = block_offsets(revision.damaged)
+        with explain(f"{repository.name}: cannot heal {revision.id}"):
+            healed = heal_clone(repository, image, donors, offsets, stack)
+    if not healed:
         return False
-    if length < BLOCK:  # to write a part of a page would be to read it: let it go first
-        os.ftruncate(fd, offset)
-        os.ftruncate(fd, image.size)
-    elif found[0] >= 0:
-        with suppress(CloneUnsupported):
-            clone_range(found[0], found[1], length, fd, offset)
-            return True
-    write_all(fd, block, offset)
-    return True
+    left = [(at, BLOCK) for at in offsets if at not in healed]
+    damaged = join_ranges((at, min(BLOCK, image.size - at)) for at, _ in left)
+    with repository.metadata_lock():
+        trust = Trust.DISTRUSTED if damaged else Trust.TRUSTED
+        repository.change(revision, trust=trust, damaged=damaged)
+    log.warning(
+        "%s: %s is healed in %d of %d blocks",
+        repository.name,
+        revision.id,
+        len(healed),
+        len(offsets),
+    )
+    return not damaged
 
 
 def rebuild_sums(repository: Repository, revision: Revision) -> bool:
@@ -3217,6 +3217,10 @@ def repair(repository: Repository) -> None:
 # digests, each forced to the medium and read back, then the metadata that says
 # complete, then `last`.  Until that one rename nothing counts, after it nothing
 # is undone.
+
+
+def block_mark(block: int, digest: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(struct.pack("<Q", block) + digest).digest(), "little")
 
 
 class Update:
@@ -3363,10 +3367,6 @@ class Update:
             if any(self.written[index : index + step]):
                 offset = index * 8 * BLOCK
                 yield offset, min(UNIT, self.still.size - offset)
-
-
-def block_mark(block: int, digest: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(struct.pack("<Q", block) + digest).digest(), "little")
 
 
 class ReadBack:
@@ -4138,6 +4138,35 @@ class Target:
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
 
 
+def refuse_revision(repository: Repository, path: str) -> None:
+    """A restore must never write into a repository, ours or another."""
+    real = os.path.realpath(path)
+    parent = os.path.dirname(real)
+    with suppress(OSError):
+        ours = os.path.samestat(os.stat(parent), os.fstat(repository.dir_fd))
+        if ours or os.path.lexists(f"{real}.rev"):
+            raise BackyError(f"{printable(path)} belongs to a repository and is never overwritten")
+
+
+def refuse_used_file(fd: int, shown: str) -> None:
+    """Raise Busy when somebody holds a lock on the file or has made a loop device of it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # qemu locks its images in this way
+        used = not take_lock(fd)
+    except OSError as e:
+        used = e.errno in (errno.EAGAIN, errno.EACCES)
+    status = os.fstat(fd)
+    with suppress(OSError):
+        for name in os.listdir("/sys/block"):
+            backing = f"/sys/block/{name}/loop/backing_file"
+            with suppress(OSError), open(
+                backing, encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                used = used or os.path.samestat(os.stat(file.read().rstrip("\n")), status)
+    if used:
+        raise Busy(f"{shown} is in use: it is locked or has a loop device")
+
+
 def open_target(
     repository: Repository, path: str, size: int, force: bool, stack: ExitStack
 ) -> Target:
@@ -4183,33 +4212,20 @@ def open_target(
     return target
 
 
-def refuse_revision(repository: Repository, path: str) -> None:
-    """A restore must never write into a repository, ours or another."""
-    real = os.path.realpath(path)
-    parent = os.path.dirname(real)
-    with suppress(OSError):
-        ours = os.path.samestat(os.stat(parent), os.fstat(repository.dir_fd))
-        if ours or os.path.lexists(f"{real}.rev"):
-            raise BackyError(f"{printable(path)} belongs to a repository and is never overwritten")
-
-
-def refuse_used_file(fd: int, shown: str) -> None:
-    """Raise Busy when somebody holds a lock on the file or has made a loop device of it."""
+def shares_extents(image_fd: int, target_fd: int) -> bool:
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # qemu locks its images in this way
-        used = not take_lock(fd)
-    except OSError as e:
-        used = e.errno in (errno.EAGAIN, errno.EACCES)
-    status = os.fstat(fd)
-    with suppress(OSError):
-        for name in os.listdir("/sys/block"):
-            backing = f"/sys/block/{name}/loop/backing_file"
-            with suppress(OSError), open(
-                backing, encoding="utf-8", errors="surrogateescape"
-            ) as file:
-                used = used or os.path.samestat(os.stat(file.read().rstrip("\n")), status)
-    if used:
-        raise Busy(f"{shown} is in use: it is locked or has a loop device")
+        clone_file(image_fd, target_fd)
+    except (CloneUnsupported, OSError):
+        return False
+    return os.fstat(target_fd).st_size == os.fstat(image_fd).st_size
+
+
+def sync_parent(path: str) -> None:
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(fd)
+    finally:
+        close(fd)
 
 
 class Restore:
@@ -4281,6 +4297,31 @@ class Restore:
         return f"{format_size(self.writer.bytes_written)} written"
 
 
+def announce(repository: Repository, image: CheckedImage) -> None:
+    revision = image.revision
+    log.info("%s: restoring %s [%s]", repository.name, revision, printable(",".join(revision.tags)))
+    if revision.trust is Trust.DISTRUSTED:
+        log.warning("%s: %s is distrusted", repository.name, revision.id)
+    if image.sums is None:
+        log.warning("%s: %s cannot be checked: %s", repository.name, revision.id, image.unchecked)
+
+
+def confess(repository: Repository, image: CheckedImage) -> None:
+    """Raise Distrusted with the byte ranges that are not what they should be."""
+    for line in describe_ranges(join_ranges(image.mended)):
+        name = image.revision.id
+        log.warning("%s: %s: %s: taken from another revision", repository.name, name, line)
+    damaged = image.damage()
+    if damaged:
+        for line in describe_ranges(damaged):
+            log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
+        raise Distrusted(
+            f"{repository.name}: {sum(length for _, length in damaged)} bytes of "
+            f"{image.revision.id} are not what was backed up; all else is restored",
+            "no other revision has them; the same place may be sound in an older or newer one",
+        )
+
+
 def restore_revision(repository: Repository, revision: Revision, path: str, force: bool) -> None:
     """Bring the image to the file or device at `path`, and to the medium, before this returns.
 
@@ -4313,45 +4354,13 @@ def restore_revision(repository: Repository, revision: Revision, path: str, forc
         confess(repository, image)
 
 
-def shares_extents(image_fd: int, target_fd: int) -> bool:
+def write_some(fd: int, view: memoryview) -> int:
     try:
-        clone_file(image_fd, target_fd)
-    except (CloneUnsupported, OSError):
-        return False
-    return os.fstat(target_fd).st_size == os.fstat(image_fd).st_size
-
-
-def sync_parent(path: str) -> None:
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync(fd)
-    finally:
-        close(fd)
-
-
-def announce(repository: Repository, image: CheckedImage) -> None:
-    revision = image.revision
-    log.info("%s: restoring %s [%s]", repository.name, revision, printable(",".join(revision.tags)))
-    if revision.trust is Trust.DISTRUSTED:
-        log.warning("%s: %s is distrusted", repository.name, revision.id)
-    if image.sums is None:
-        log.warning("%s: %s cannot be checked: %s", repository.name, revision.id, image.unchecked)
-
-
-def confess(repository: Repository, image: CheckedImage) -> None:
-    """Raise Distrusted with the byte ranges that are not what they should be."""
-    for line in describe_ranges(join_ranges(image.mended)):
-        name = image.revision.id
-        log.warning("%s: %s: %s: taken from another revision", repository.name, name, line)
-    damaged = image.damage()
-    if damaged:
-        for line in describe_ranges(damaged):
-            log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
-        raise Distrusted(
-            f"{repository.name}: {sum(length for _, length in damaged)} bytes of "
-            f"{image.revision.id} are not what was backed up; all else is restored",
-            "no other revision has them; the same place may be sound in an older or newer one",
-        )
+        return os.write(fd, view)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise BackyError(f"cannot write to standard output: {e.strerror}") from e
 
 
 def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None:
@@ -4374,15 +4383,6 @@ def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None
             while position < image.size:
                 position += write_some(fd, zeros[: image.size - position])
         confess(repository, image)
-
-
-def write_some(fd: int, view: memoryview) -> int:
-    try:
-        return os.write(fd, view)
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise BackyError(f"cannot write to standard output: {e.strerror}") from e
 
 
 # ==== Selftest ===============================================================
@@ -4728,6 +4728,19 @@ def backup(args: argparse.Namespace) -> None:
             Backup(repository, job, tags, resume=not args.no_resume).run()
 
 
+def status_row(revision: Revision) -> list[str]:
+    tags = printable(",".join(revision.tags))
+    if not revision.is_complete:
+        tags = f"{tags} (incomplete)".strip()
+    elif revision.problem:
+        tags = f"{tags} (no image)".strip()
+    elif revision.trust is Trust.DISTRUSTED:
+        tags = f"{tags} (distrusted)".strip()
+    durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
+    size = format_size(revision.bytes_written)
+    return [format_time(revision.timestamp), revision.id, size, durat, tags]
+
+
 @command(JSON, examples="backy -b /srv/backy/vm1 status -v")
 def status(args: argparse.Namespace) -> None:
     """List the revisions, oldest first."""
@@ -4752,19 +4765,6 @@ def status(args: argparse.Namespace) -> None:
     output(format_table(columns, rows, right=("Size", "Durat", "Extents")))
     total = format_size(sum(revision.bytes_written for revision in revisions))
     output(f"{len(revisions)} revisions containing {total} data (estimated)\n")
-
-
-def status_row(revision: Revision) -> list[str]:
-    tags = printable(",".join(revision.tags))
-    if not revision.is_complete:
-        tags = f"{tags} (incomplete)".strip()
-    elif revision.problem:
-        tags = f"{tags} (no image)".strip()
-    elif revision.trust is Trust.DISTRUSTED:
-        tags = f"{tags} (distrusted)".strip()
-    durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
-    size = format_size(revision.bytes_written)
-    return [format_time(revision.timestamp), revision.id, size, durat, tags]
 
 
 @command(
@@ -4830,6 +4830,28 @@ def parse_limit(text: str) -> float:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
+def choose_to_verify(repository: Repository, args: argparse.Namespace) -> list[Revision]:
+    if (args.all or args.oldest) and args.source:
+        raise BackyError("--source compares one revision: name it with -r")
+    if not (args.all or args.oldest):
+        return [repository.find(args.revision)]
+    chosen = [revision for revision in repository.complete if not revision.problem]
+    if args.oldest:
+        chosen.sort(key=lambda one: one.verified or EPOCH)
+    if not chosen:
+        raise NotFound(f"{repository.name}: there is no complete revision yet")
+    return chosen
+
+
+def compare_to_source(repository: Repository, revision: Revision) -> None:
+    differing = compare_with_source(repository, revision, load_job(repository).source)
+    if differing:
+        raise Distrusted(
+            f"{repository.name}: {revision.id} differs from its source in {differing} bytes"
+        )
+    output(f"{revision.id}: equal to its source\n")
+
+
 @command(
     REVISION,
     argument(
@@ -4888,28 +4910,6 @@ def verify(args: argparse.Namespace) -> None:
     if len(verifier.results) == 1 and "cannot" in verifier.results[0].text:
         result = verifier.results[0]
         raise Distrusted(f"{repository.name}: {result.revision.id} {result.text}")
-
-
-def choose_to_verify(repository: Repository, args: argparse.Namespace) -> list[Revision]:
-    if (args.all or args.oldest) and args.source:
-        raise BackyError("--source compares one revision: name it with -r")
-    if not (args.all or args.oldest):
-        return [repository.find(args.revision)]
-    chosen = [revision for revision in repository.complete if not revision.problem]
-    if args.oldest:
-        chosen.sort(key=lambda one: one.verified or EPOCH)
-    if not chosen:
-        raise NotFound(f"{repository.name}: there is no complete revision yet")
-    return chosen
-
-
-def compare_to_source(repository: Repository, revision: Revision) -> None:
-    differing = compare_with_source(repository, revision, load_job(repository).source)
-    if differing:
-        raise Distrusted(
-            f"{repository.name}: {revision.id} differs from its source in {differing} bytes"
-        )
-    output(f"{revision.id}: equal to its source\n")
 
 
 @command(
@@ -4992,26 +4992,6 @@ def unprotect(args: argparse.Namespace) -> None:
     set_protection(args, False)
 
 
-@command(THE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
-def forget(args: argparse.Namespace) -> None:
-    """Delete a revision."""
-    with Repository.open(args.directory) as repository:
-        revision = find_for_removal(repository, args.revision)
-        may_forget(repository, revision)
-        if not args.force:
-            confirm(
-                f"delete {revision} [{printable(','.join(revision.tags))}] of {repository.name}?"
-            )
-        with ExitStack() as stack:
-            if not revision.is_complete:  # perhaps it is just being made
-                stack.enter_context(repository.job_lock("forget"))
-            stack.enter_context(repository.metadata_lock())
-            revision = find_for_removal(repository, revision.id)
-            may_forget(repository, revision)
-            repository.remove(revision)
-        log.info("%s: %s is deleted", repository.name, revision.id)
-
-
 def find_for_removal(repository: Repository, spec: str) -> Revision:
     """Like find(), but only a full id counts while there is metadata that cannot be read."""
     revision = repository.find(spec)
@@ -5048,6 +5028,26 @@ def confirm(question: str) -> None:
         raise BackyError("nothing was deleted")
 
 
+@command(THE_REVISION, FORCE, examples="backy -b /srv/backy/vm1 forget -r 7 --force")
+def forget(args: argparse.Namespace) -> None:
+    """Delete a revision."""
+    with Repository.open(args.directory) as repository:
+        revision = find_for_removal(repository, args.revision)
+        may_forget(repository, revision)
+        if not args.force:
+            confirm(
+                f"delete {revision} [{printable(','.join(revision.tags))}] of {repository.name}?"
+            )
+        with ExitStack() as stack:
+            if not revision.is_complete:  # perhaps it is just being made
+                stack.enter_context(repository.job_lock("forget"))
+            stack.enter_context(repository.metadata_lock())
+            revision = find_for_removal(repository, revision.id)
+            may_forget(repository, revision)
+            repository.remove(revision)
+        log.info("%s: %s is deleted", repository.name, revision.id)
+
+
 @command(
     argument("place", metavar="DIR", nargs="?", help="where to make the temporary directory"),
     examples="backy selftest /srv/backy",
@@ -5067,15 +5067,6 @@ def selftest(args: argparse.Namespace) -> None:
         Selftest(os.path.realpath(directory)).run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@command(argument("topic", metavar="COMMAND", nargs="?", help="the command to explain"))
-def help(args: argparse.Namespace) -> None:
-    """Explain a command, or list them."""
-    parser, parsers = make_parser()
-    if args.topic and args.topic not in parsers:
-        raise BackyError(f"no command {printable(args.topic)!r}{suggestion(args.topic, parsers)}")
-    output((parsers[args.topic] if args.topic else parser).format_help())
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -5119,6 +5110,10 @@ def add_common_options(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument("--version", action="version", version=f"backy {__version__}")
 
 
+def indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
+
+
 def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
     parser = CommandParser(
         prog="backy",
@@ -5145,8 +5140,13 @@ def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
     return parser, parsers
 
 
-def indented(text: str) -> str:
-    return "".join(f"  {line}\n" for line in text.splitlines())
+@command(argument("topic", metavar="COMMAND", nargs="?", help="the command to explain"))
+def help(args: argparse.Namespace) -> None:
+    """Explain a command, or list them."""
+    parser, parsers = make_parser()
+    if args.topic and args.topic not in parsers:
+        raise BackyError(f"no command {printable(args.topic)!r}{suggestion(args.topic, parsers)}")
+    output((parsers[args.topic] if args.topic else parser).format_help())
 
 
 def repair_descriptors() -> None:
