@@ -3274,6 +3274,7 @@ class Update:
         if self.by_digest or self.rehash:
             new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
         if self.by_digest and new == digests:
+            self.mark_trail(offset, new, 0)
             return
         lost = [] if self.fresh else self.read_old(buffers, offset, length)
         runs = differing_runs(buffers, length, self.fresh, lost)
@@ -3293,9 +3294,12 @@ class Update:
                 if digest != digests[block]:  # never write again what was only read
                     self.sums.write(offset + block * BLOCK, [digest])
         self.note(offset, changed, new)
+        self.mark_trail(offset, new, written)
+
+    def mark_trail(self, offset: int, digests: list[bytes], written: int) -> None:
         if self.trail:
             with suppress(OSError):  # costs a resumption, not this run
-                self.trail.mark(offset, new, written)
+                self.trail.mark(offset, digests, written)
 
     def is_done(self, offset: int, length: int, buffers: Buffers) -> bool:
         """Whether an interrupted run has done this unit, proven by what is on the medium."""
