@@ -1719,6 +1719,59 @@ def all_runs(buffers: Buffers, length: int) -> list[tuple[int, int, bool]]:
     return runs
 
 
+class Crew:
+    """Threads that take pieces from one list.
+
+    They are waited for by an event, not by join(): in Python 3.8 a signal in the
+    middle of a join makes the next one wait for ever (bpo-45274).
+    """
+
+    def __init__(
+        self, pieces: Iterable[tuple[int, int]], work: Callable[[int, int, Buffers], None]
+    ) -> None:
+        self.queue, self.work = iter(pieces), work
+        self.lock, self.is_stopped, self.done = threading.Lock(), False, threading.Event()
+        self.active = 0
+        self.failures: list[BaseException] = []
+
+    def start_worker(self) -> None:
+        with self.lock:
+            self.active += 1
+            self.done.clear()
+        try:
+            threading.Thread(target=self.run, daemon=True).start()
+        except BaseException:
+            self.leave()
+            raise
+
+    def run(self) -> None:
+        try:
+            buffers = Buffers()
+            while not self.is_stopped:
+                with self.lock:
+                    piece = next(self.queue, None)
+                if piece is None:
+                    return
+                self.work(*piece, buffers)
+        except BaseException as e:
+            self.failures.append(e)
+            self.is_stopped = True
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        with self.lock:
+            self.active -= 1
+            if not self.active:
+                self.done.set()
+
+    def stop(self) -> None:
+        """Wait until each worker is through with the piece it has."""
+        self.is_stopped = True
+        while self.active and not self.done.wait(1):
+            pass
+
+
 def work_through(
     pieces: Iterable[tuple[int, int]],
     work: Callable[[int, int, Buffers], None],
@@ -1737,37 +1790,16 @@ def work_through(
             tick()
         return
     give_memory_back()
-    queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            buffers = Buffers()
-            while not stop.is_set():
-                with lock:
-                    piece = next(queue, None)
-                if piece is None:
-                    return
-                work(*piece, buffers)
-        except BaseException as e:
-            failures.append(e)
-            stop.set()
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
+    crew = Crew(pieces, work)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)
-                tick()
+        for _ in range(workers):
+            crew.start_worker()
+        while not crew.done.wait(0.1):
+            tick()
     finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident:
-                thread.join()
-    if failures:
-        raise failures[0]
+        crew.stop()
+    if crew.failures:
+        raise crew.failures[0]
 
 
 def finished(one: tuple[int, int, Buffers, Any]) -> tuple[int, int, Buffers]:
