@@ -36,6 +36,7 @@ import argparse
 import errno
 import fcntl
 import hashlib
+import itertools
 import logging
 import math
 import mmap
@@ -1996,6 +1997,7 @@ class Revision:
     size: int | None = None
     digest: str = ""
     damaged: tuple[tuple[int, int], ...] = ()
+    sums_damaged: bool = False  # its digests are not what `digest` says
     sample: Sample | None = None
     image_state: str = ""  # of the inode when all of it was verified; see state_of_inode()
     source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
@@ -2036,7 +2038,7 @@ def epoch_microseconds(moment: datetime) -> int:
 
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
-    *("protected", "size", "digest", "damaged", "sample"),
+    *("protected", "size", "digest", "damaged", "sums_damaged", "sample"),
     *("image_state", "source_state"),
 )
 
@@ -2165,6 +2167,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
         size=values["size"] if isinstance(values.get("size"), int) else None,
         digest=decode_digest(values.get("digest")),
         damaged=decode_ranges(values.get("damaged")),
+        sums_damaged=values.get("sums_damaged") is True,
         sample=decode_sample(values.get("sample")),
         image_state=str(values.get("image_state") or ""),
         source_state=str(values.get("source_state") or ""),
@@ -2190,8 +2193,9 @@ def encode_revision(revision: Revision) -> bytes:
     }
     if revision.verified:
         values["verified"] = revision.verified
-    if revision.protected:
-        values["protected"] = True
+    for key in ("protected", "sums_damaged"):
+        if getattr(revision, key):
+            values[key] = True
     if revision.sample:
         values["sample"] = {key: getattr(revision.sample, key) for key in ("of", "last", "seen")}
     for key in ("image_state", "source_state"):
@@ -3045,7 +3049,28 @@ class Donors:
                 for place in image.sums.search(digest) if image and image.sums else ():
                     if self.fetch(image, digest, place, view):
                         return image.fd, place
+            for revision in self.others:
+                image = self.open(revision)
+                if image and self.patch(image, digest, offset, view):
+                    return -1, 0
         return None
+
+    @staticmethod
+    def patch(image: CheckedImage, digest: bytes, offset: int, view: memoryview) -> bool:
+        """Make `view` right by one page of a donor: most blocks share some of their pages."""
+        if offset + len(view) > image.size:
+            return False
+        block = memoryview(mmap.mmap(-1, BLOCK))
+        image.reader.salvage(block, offset, len(view))
+        for start in range(0, len(view), PAGE):
+            end = min(start + PAGE, len(view))
+            if view[start:end] != block[start:end]:
+                trial = bytearray(view)
+                trial[start:end] = block[start:end]
+                if block_digest(memoryview(trial)) == digest:
+                    view[:] = trial
+                    return True
+        return False
 
     @staticmethod
     def fetch(image: CheckedImage, digest: bytes, offset: int, view: memoryview) -> bool:
@@ -3112,7 +3137,9 @@ def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> boo
     """Give `fd` a sound copy of one block, shared if that can be; False if there is none."""
     length = min(BLOCK, image.size - offset)
     digest = image.digests(offset, length)[0]
-    block = memoryview(bytearray(length))
+    block = memoryview(mmap.mmap(-1, BLOCK))
+    image.reader.salvage(block, offset, length)
+    block = block[:length]
     found = donors.find(digest, offset, block) if digest else None
     if found is None:
         return False
@@ -3195,44 +3222,138 @@ def heal(repository: Repository, revision: Revision) -> bool:
     return not damaged
 
 
-def rebuild_sums(repository: Repository, revision: Revision) -> bool:
-    """Make `{id}.sums` anew from the image; True if `.rev` vouches for it.
+def unverified(revision: Revision) -> Trust:
+    return Trust.TRUSTED if revision.trust is Trust.VERIFIED else revision.trust
 
-    The digest in `.rev` then proves both, since only the right image gives it.
+
+def make_sums(repository: Repository, image: CheckedImage, fd: int) -> tuple[Sums, set[int]]:
+    """Write the digests of the image as it is to `fd`, and say which blocks cannot be read."""
+    sums, lost = Sums(fd, image.size), set()
+    sums.prepare()
+
+    def work(offset: int, length: int, buffers: Buffers) -> None:
+        for page in image.reader.salvage(buffers.new, offset, length):
+            lost.add(offset + page - page % BLOCK)
+        view = buffers.new
+        sums.write(offset, [block_digest(view[start:end]) for _, start, end in blocks_of(length)])
+
+    label = f"{repository.name} (digests of {image.revision.id})"
+    pass_over(label, image.size, units(image.size, image.reader.extents()), work)
+    return sums, lost
+
+
+def disputed_digests(
+    old_fd: int, sums: Sums, lost: set[int], others: list[Sums]
+) -> dict[int, list[bytes]]:
+    """For each block offset where the image's digest is in doubt, all that it could be.
+
+    It is in doubt where the damaged file says something else or the block cannot
+    be read; another revision that has one of two digests there decides.
+    """
+    found: dict[int, list[bytes]] = {}
+    for start in range(sums_header.size, sums_header.size + DIGEST * -(-sums.size // BLOCK), PAGE):
+        try:
+            old: bytes | None = os.pread(old_fd, PAGE, start)
+        except OSError:
+            old = None
+        new = os.pread(sums.fd, PAGE, start)
+        for at in range(0, len(new), DIGEST):
+            offset = (start + at - sums_header.size) // DIGEST * BLOCK
+            mine, theirs = new[at : at + DIGEST], old and old[at : at + DIGEST]
+            if mine == theirs or (theirs is None and offset not in lost):
+                continue
+            seen = {one.read(offset, 1)[0] for one in others if offset < one.size}
+            choice = [one for one in (mine, theirs) if one] if theirs else sorted(seen)
+            decided = [one for one in choice if one in seen]
+            found[offset] = decided if len(decided) == 1 else choice
+            if offset in lost and theirs:
+                found[offset] = [theirs]
+    return found
+
+
+def settle_disputes(sums: Sums, digest: str, disputed: dict[int, list[bytes]]) -> list[int] | None:
+    """Try until the whole has `digest`; where the image is wrong then, None if nothing fits."""
+    if math.prod(map(len, disputed.values())) > 4096:
+        return None
+    before = {offset: sums.read(offset, 1)[0] for offset in disputed}
+    for choice in itertools.product(*disputed.values()):
+        for offset, one in zip(disputed, choice):
+            sums.write(offset, [one])
+        if sums.digest() == digest:
+            return [at for at, one in zip(disputed, choice) if one != before[at]]
+    return None
+
+
+def sound_sums(repository: Repository, revision: Revision, stack: ExitStack) -> list[Sums]:
+    """The digest files of other revisions, as far as they are sound; a hundred are enough."""
+    found = []
+    for other in repository.complete[-100:]:
+        if other.id != revision.id and not other.problem:
+            with suppress(Damaged):
+                fd, sums = repository.open_sums(other)
+                stack.callback(close, fd)
+                found.append(sums)
+    return found
+
+
+def rebuild_sums(repository: Repository, revision: Revision) -> tuple[tuple[int, int], ...] | None:
+    """Make `{id}.sums` anew, from the image and from what is left of the file.
+
+    The digest in `.rev` proves the result, so nothing wrong can come of it.  The
+    ranges in which the image turns out to be damaged, None if nothing fits.
     """
     with ExitStack() as stack, explain(f"{repository.name}: cannot make {revision.id}.sums anew"):
         image = CheckedImage(repository, revision, stack)
-        name, dir_fd = temporary_name(), repository.dir_fd
+        name, target, dir_fd = temporary_name(), f"{revision.id}.sums", repository.dir_fd
         fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         stack.callback(close, fd)
         try:
-            sums = Sums(fd, image.size)
-            sums.prepare()
-
-            def work(offset: int, length: int, buffers: Buffers) -> None:
-                image.reader.salvage(buffers.new, offset, length)
-                view = buffers.new
-                digests = [block_digest(view[start:end]) for _, start, end in blocks_of(length)]
-                sums.write(offset, digests)
-
-            pieces = units(image.size, image.reader.extents())
-            pass_over(f"{repository.name} (digests of {revision.id})", image.size, pieces, work)
+            sums, lost = make_sums(repository, image, fd)
+            wrong: list[int] | None = []
+            if sums.digest() != revision.digest:
+                wrong = None
+                with suppress(FileNotFoundError):
+                    old_fd = open_regular(dir_fd, target)
+                    stack.callback(close, old_fd)
+                    others = sound_sums(repository, revision, stack)
+                    disputed = disputed_digests(old_fd, sums, lost, others)
+                    wrong = settle_disputes(sums, revision.digest, disputed)
+            if wrong is None:
+                return None
             os.fchmod(fd, 0o440)
             sync(fd)
             if sums.digest() != revision.digest:
-                log.warning("%s: %s fits no digests any more", repository.name, revision.id)
-                return False
-            target = f"{revision.id}.sums"
+                raise OSError(errno.EIO, "what was read back is not what was written")
             os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
             sync(dir_fd)
-            return True
+            return join_ranges((at, min(BLOCK, image.size - at)) for at in wrong)
         finally:
             with suppress(OSError):
                 os.unlink(name, dir_fd=dir_fd)
 
 
+def repair_sums(repository: Repository, revision: Revision) -> None:
+    """Make damaged digests anew, and mark what that shows of the image."""
+    try:
+        damaged = rebuild_sums(repository, revision)
+        if damaged is None:
+            log.warning("%s: digests of %s cannot be made anew", repository.name, revision.id)
+            return
+        log.warning("%s: digests of %s are made anew", repository.name, revision.id)
+        trust = revision.trust
+        if damaged:
+            tell_damage(repository, revision, damaged)
+            trust, damaged = Trust.DISTRUSTED, join_ranges([*revision.damaged, *damaged])
+        with repository.metadata_lock():
+            repository.change(revision, sums_damaged=False, trust=trust, damaged=damaged)
+    except BackyError as e:
+        log.warning("%s", e)
+
+
 def repair(repository: Repository) -> None:
     """Find who shares the damage that is known, and heal what can be; under the job's lock."""
+    for revision in [one for one in repository.complete if one.sums_damaged and not one.problem]:
+        repair_sums(repository, revision)
     known = [one for one in repository.complete if one.damaged and not one.problem]
     offsets = block_offsets(span for revision in known for span in revision.damaged)
     find_shared_damage(repository, offsets)
@@ -3461,6 +3582,8 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
     except Damaged as e:
         if revision.digest:
             log.warning("%s: digests of %s are damaged: %s", repository.name, revision.id, e)
+            with suppress(BackyError):  # that it is known helps the repair after this backup
+                repository.change(revision, sums_damaged=True, trust=unverified(revision))
         return Base(revision, image_fd, None)
     stack.callback(close, sums_fd)
     return Base(revision, image_fd, sums_fd)
@@ -3767,7 +3890,7 @@ class Backup:
                 with explain(f"{self.name}: cannot point last to {revision.id}"):
                     self.repository.point_last()
                     self.repository.drop_trail(revision.id)
-            if any(one.damaged for one in self.repository.complete):
+            if any(one.damaged or one.sums_damaged for one in self.repository.complete):
                 repair(self.repository)
         except (BackyError, MemoryError) as e:
             log.warning("%s", e or "out of memory")
@@ -3910,6 +4033,8 @@ class Verifier:
         if image.sums is None:
             text = f"cannot be verified: {image.unchecked}"
             self.results.append(Result(revision, text, is_damaged=bool(revision.digest)))
+            if revision.digest:
+                self.mark(revision, trust=unverified(revision), sums_damaged=True)
             return None
         old = revision.sample
         follows = old and old.of == self.scope.parts and (old.last + 1) % old.of == number
@@ -3923,7 +4048,7 @@ class Verifier:
 
     def conclude(self, run: Verification) -> None:
         """Mark the revision with what is now known of it, and not more."""
-        repository, image, part = self.repository, run.image, run.part
+        image, part = run.image, run.part
         values: dict[str, Any] = {}
         if image.damaged:
             text = "damaged"
@@ -3939,15 +4064,18 @@ class Verifier:
             values["image_state"] = state_of_inode(image.fd)
         if run.is_finished and part.of > 1:
             values["sample"] = part
-        revision = replace(image.revision, **values)
-        if values:
-            try:
-                with repository.metadata_lock():
-                    revision = repository.change(image.revision, **values)
-            except BackyError as e:
-                log.warning("%s (the result is not recorded)", e)
+        revision = self.mark(image.revision, **values) if values else image.revision
         read = image.reader.bytes_read
         self.results.append(Result(revision, text, read, image.damage(), bool(image.damaged)))
+
+    def mark(self, revision: Revision, **values: Any) -> Revision:
+        """Write down what was found; where that cannot be, the result stands all the same."""
+        try:
+            with self.repository.metadata_lock():
+                return self.repository.change(revision, **values)
+        except BackyError as e:
+            log.warning("%s (the result is not recorded)", e)
+            return replace(revision, **values)
 
     def repair(self) -> None:
         """Mark who shares the damage, heal what can be, and say what came of it."""
@@ -3956,22 +4084,25 @@ class Verifier:
             with repository.job_lock("verify"):
                 with repository.metadata_lock():
                     pass  # what there is now
-                for at, result in enumerate(self.results):
-                    if result.is_damaged and not result.damaged:
-                        text = "sound; its digests were damaged and are made anew from its image"
-                        if rebuild_sums(repository, result.revision):
-                            self.results[at] = replace(result, text=text)
                 repair(repository)
         except BackyError as e:
             log.warning("%s: not healed now: %s", repository.name, e)
-        for at, result in enumerate(self.results):
-            name, text = result.revision.id, result.text
-            current = [one for one in repository.complete if one.id == name and not one.damaged]
-            if result.damaged and current:
-                text = "damaged, and healed from other revisions"
-            self.results[at] = replace(
-                result, revision=(current or [result.revision])[0], text=text
-            )
+        now = {revision.id: revision for revision in repository.complete}
+        self.results = [
+            self.after_repair(result, now.get(result.revision.id, result.revision))
+            for result in self.results
+        ]
+
+    @staticmethod
+    def after_repair(result: Result, now: Revision) -> Result:
+        text = result.text
+        if result.is_damaged and not now.damaged and not now.sums_damaged:
+            text = "damaged, and healed from other revisions"
+            if not result.damaged:
+                text = "sound, but its digests were damaged; they are made anew"
+        elif result.is_damaged and not result.damaged and not now.sums_damaged:
+            text = "damaged, and so were its digests"
+        return replace(result, revision=now, text=text, damaged=result.damaged or now.damaged)
 
 
 def compare_with_source(repository: Repository, revision: Revision, source: Source) -> int:

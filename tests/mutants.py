@@ -65,9 +65,9 @@ def flush_again() -> None:
 def commit_before_data() -> None:
     real = backy.Backup.fill
 
-    def fill(self, revision, base, still):
+    def fill(self, revision, *rest):
         self.repository.write_revision(replace(revision, duration=1.0))
-        return real(self, revision, base, still)
+        return real(self, revision, *rest)
 
     backy.Backup.fill = fill
 
@@ -75,10 +75,10 @@ def commit_before_data() -> None:
 def last_before_commit() -> None:
     real = backy.Backup.fill
 
-    def fill(self, revision, base, still):
+    def fill(self, revision, *rest):
         backy.replace_link(self.repository.dir_fd, "last", revision.id)
         backy.sync(self.repository.dir_fd)
-        return real(self, revision, base, still)
+        return real(self, revision, *rest)
 
     backy.Backup.fill = fill
 

@@ -58,11 +58,10 @@ def damaged_parent(top: Path) -> Bench:
 
 
 def interrupted_before(top: Path) -> Bench:
-    """An earlier backup was killed with its image half made, a removal between its steps."""
+    """An earlier backup was killed when its image was written and not yet flushed."""
     bench = second(top)
-    trace = bench.trace()
-    (half,) = [call.number for call in trace if call.name == "fsync" and is_new(call, bench)][:1]
-    assert faults.run("-b", bench.base, "backup", "daily", plan=Plan(half, kill)).status < 0
+    flush = max(one.number for one in bench.trace() if one.name == "fsync" and is_new(one, bench))
+    assert faults.run("-b", bench.base, *bench.words, plan=Plan(flush, kill)).status < 0
     return bench
 
 
@@ -122,7 +121,7 @@ def test_each_step_is_on_the_medium_before_the_next_builds_on_it(cow):
         ]
 
     directory, (begun, commit, last, last_rev) = numbers("fsync", "job"), numbers("rename")
-    (image,), (sums,) = numbers("fsync", name), numbers("fsync", f"{name}.sums")
+    image, sums = max(numbers("fsync", name)), max(numbers("fsync", f"{name}.sums"))
     assert any(begun < at < numbers("open", name)[0] for at in directory)
     assert any(max(image, sums) < at < commit for at in directory)
     assert any(image < at < commit for at in numbers("preadv", name)), "nothing is read back"
@@ -172,8 +171,8 @@ def test_killed_at_every_call_of_a_backup_nothing_is_lost(cow):
         (first, 60),
         (by_digest, 40),
         (damaged_parent, 60),
-        (interrupted_before, 80),
-        (forgetting, 80),
+        (interrupted_before, 60),
+        (forgetting, 60),
         (verifying, 30),
         (threaded, 25),
     ],
@@ -214,17 +213,21 @@ def test_killed_once_more_in_the_recovery_nothing_is_lost(cow):
 
 
 def after_stop(bench: Bench, job: Path, done: faults.Run):
-    """It has ended by the signal, or its last call was behind it; and it has cleared up."""
-    new = [revision for revision in faults.complete(job) if revision.id not in bench.ids]
+    """It has ended by the signal, or its last call was behind it; what is left can be resumed."""
+    new = [revision.id for revision in faults.complete(job) if revision.id not in bench.ids]
     if done.status not in (0, 143) or (done.status == 0 and len(new) != 1):
         yield f"I8: status {done.status}, {len(new)} new revisions: {done.said[-300:]!r}"
-    yield from faults.nothing_is_left_over(bench, job)
+    left = faults.left_over(bench, job)
+    if len({name.partition(".")[0] for name in left}) > 1 or any(
+        name.startswith(".") or name.endswith(".del") for name in left
+    ):
+        yield f"I6: {left} are left over"
     yield from faults.after_death(bench, job, done)
 
 
 @slow
-def test_stopped_at_any_call_it_leaves_nothing_behind(cow):
-    """SIGTERM: I1, I2, I4, I5, and I6 at once."""
+def test_stopped_at_any_call_it_leaves_at_most_what_can_be_resumed(cow):
+    """SIGTERM: I1, I2, I4, I5, I6."""
     bench = second(cow)
     trace = bench.trace()
     points = {*points_of(trace, lambda call: call.changes), *sample(points_of(trace), 60)}
@@ -232,7 +235,7 @@ def test_stopped_at_any_call_it_leaves_nothing_behind(cow):
 
 
 @slow
-def test_stopped_while_threads_work_it_leaves_nothing_behind(cow):
+def test_stopped_while_threads_work_it_leaves_at_most_what_can_be_resumed(cow):
     bench = threaded(cow)
     sweep(bench, terminate, sample(points_of(bench.trace()), 15), after_stop)
 

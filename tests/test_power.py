@@ -107,8 +107,21 @@ def forgetting(top: Path) -> Bench:
     return bench
 
 
+def resuming(top: Path) -> Bench:
+    """An earlier backup was killed when its image was written and not yet flushed."""
+    bench = second(top)
+    flush = max(one.number for one in bench.trace() if one.name == "fsync" and is_new(one, bench))
+    assert faults.run("-b", bench.base, *bench.words, plan=Plan(flush, kill)).status < 0
+    return bench
+
+
+def is_new(call: Call, bench: Bench) -> bool:
+    """Whether the call is about an image that is just being made."""
+    return len(call.subject) == 22 and call.subject not in bench.ids
+
+
 @slow
-@pytest.mark.parametrize("make", [second, first, forgetting])
+@pytest.mark.parametrize("make", [second, first, resuming, forgetting])
 def test_a_power_cut_at_any_change_loses_nothing(system, make):
     """I1, I2, I3, I4, I5, I6, on the disk as it stands at that moment."""
     bench, frozen, started = make(system.path), Frozen(system), time.monotonic()
@@ -156,7 +169,7 @@ def test_after_status_0_a_power_cut_loses_nothing(new_file_system):
 
 
 @slow
-@pytest.mark.parametrize("make", [second, first])
+@pytest.mark.parametrize("make", [second, first, resuming])
 def test_when_xfs_goes_down_at_any_change_nothing_is_lost(new_file_system, make):
     """I1, I2, I3, I4, I5, I6, with all lost that was not flushed."""
     system = new_file_system("xfs", SIZES["xfs"])
