@@ -1653,6 +1653,8 @@ class Writer:
         self.make_zero = zero_device if is_device else punch_hole
         self.can_zero, self.is_device = True, is_device
         self.bytes_written = 0
+        self.recent: list[int] = []  # units written since the last flush
+        self.flushed = (0, 0)
         self.lock = threading.Lock()
 
     def update(self, new: memoryview, offset: int, runs: list[tuple[int, int, bool]]) -> int:
@@ -1664,13 +1666,21 @@ class Writer:
                 fd = self.direct_fd if aligned and self.direct_fd >= 0 else self.fd
                 write_all(fd, new[start:end], offset + start)
                 written += end - start
-        if runs:
-            # starts the writing, so that the fsync is short; what was started before is clean now
-            drop_cache(self.fd, offset, UNIT)
-            drop_cache(self.fd, max(0, offset - 32 * UNIT), UNIT)
         with self.lock:
             self.bytes_written += written
+            self.recent += [offset] if runs else []
+            full = len(self.recent) >= 8
+            window, self.recent = self.recent, [] if full else self.recent
+        if full:
+            self.flush(min(window), max(window) + UNIT)
         return written
+
+    def flush(self, start: int, end: int) -> None:
+        """Start the writing, so that the fsync is short; what was started before is clean."""
+        drop_cache(self.fd, start, end - start)
+        before, self.flushed = self.flushed, (start, end)
+        if before[1]:
+            drop_cache(self.fd, before[0], before[1] - before[0])
 
     def zero(self, offset: int, length: int) -> bool:
         if not self.is_device and offset + length == self.size:
@@ -3017,7 +3027,7 @@ class Donors:
     def __init__(self, repository: Repository, revision: Revision, stack: ExitStack) -> None:
         self.repository, self.stack, self.lock = repository, stack, threading.Lock()
         others = [one for one in repository.complete if one.id != revision.id and not one.problem]
-        self.others = list(reversed(others))
+        self.others = [*reversed(others), revision]  # it may have the same block elsewhere
         self.images: dict[str, CheckedImage | None] = {}
 
     def open(self, revision: Revision) -> CheckedImage | None:
@@ -3684,7 +3694,7 @@ class Backup:
             )
             update.is_resumed = is_resumed
             update.trail = Trail(take(f"{revision.id}.part", stack))
-            how = "differential" if cloned else "full"
+            how = "differential" if base and cloned else "full"
             log.info("%s: performing %s backup", self.name, how)
             try:
                 self.transfer(update)
@@ -3693,6 +3703,9 @@ class Backup:
             digest = self.settle(image_fd, sums_fd, sums)
             proven = self.prove(update, reader, digest)
             state = state_of_inode(image_fd)
+            extents = self.extents_when_written(base) if base and cloned else 0
+            with suppress(OSError):
+                extents = extents or count_extents(image_fd)
         if is_resumed:
             kept = format_size(update.bytes_kept)
             log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
@@ -3700,6 +3713,7 @@ class Backup:
         stats = {**revision.stats, "verification": "full" if everything else "written"}
         stats["bytes_verified"] = still.size if everything else proven
         stats["bytes_read"] = still.reader.bytes_read
+        stats["extents_when_written"] = extents
         return replace(
             revision,
             size=still.size,
@@ -3716,7 +3730,7 @@ class Backup:
         limit = self.job.rewrite_above
         with suppress(OSError):
             count = count_extents(base.image_fd) if limit else 0
-            if count > limit:
+            if count > max(limit, 2 * self.extents_when_written(base)):
                 space = os.statvfs(self.repository.path)
                 needed = os.fstat(base.image_fd).st_blocks * 512
                 if space.f_bavail * space.f_frsize > 2 * needed:
@@ -3724,6 +3738,13 @@ class Backup:
                     return True
                 log.warning("%s: %d extents, but no room to write it anew", self.name, count)
         return False
+
+    @staticmethod
+    def extents_when_written(base: Base) -> int:
+        """How many extents the parent's image had when it was last written as a whole."""
+        value = base.revision.stats.get("extents_when_written")
+        number = resolve(value) if isinstance(value, Node) else value
+        return number if isinstance(number, int) else 0
 
     def create(self, name: str, stack: ExitStack) -> int:
         with explain(f"{self.name}: cannot create {name}"):
@@ -4029,6 +4050,10 @@ class Verifier:
         self, revision: Revision, before: Verification | None, number: int, stack: ExitStack
     ) -> Verification | None:
         repository, name = self.repository, self.repository.name
+        if revision.problem:
+            text = f"cannot be verified: {revision.problem}"
+            self.results.append(Result(revision, text, is_damaged=True))
+            return None
         image = CheckedImage(repository, revision, stack)
         if image.sums is None:
             text = f"cannot be verified: {image.unchecked}"
@@ -4050,18 +4075,22 @@ class Verifier:
         """Mark the revision with what is now known of it, and not more."""
         image, part = run.image, run.part
         values: dict[str, Any] = {}
+        is_whole = run.is_finished and part.of == 1
+        known = () if is_whole else image.revision.damaged  # may lie where nobody looked now
         if image.damaged:
             text = "damaged"
-            known = image.revision.damaged if part.of > 1 else ()
             values = {"trust": Trust.DISTRUSTED, "damaged": join_ranges([*image.damaged, *known])}
+            part = replace(part, seen=0)
         elif not run.is_finished:
             text = "partly verified, time is up"
         elif part.seen < part.of:
             text = f"sound in part {part.last + 1} of {part.of}, {part.seen} of them seen"
+        elif known or (part.of > 1 and image.revision.trust is Trust.DISTRUSTED):
+            text = "sound where it was looked at; distrusted until all is verified at once"
         else:
             text = "sound"
             values = {"trust": Trust.VERIFIED, "verified": datetime.now(UTC), "damaged": ()}
-            values["image_state"] = state_of_inode(image.fd)
+            values["image_state"] = state_of_inode(image.fd) if is_whole else ""
         if run.is_finished and part.of > 1:
             values["sample"] = part
         revision = self.mark(image.revision, **values) if values else image.revision
@@ -4096,6 +4125,8 @@ class Verifier:
     @staticmethod
     def after_repair(result: Result, now: Revision) -> Result:
         text = result.text
+        if now.problem:
+            return result
         if result.is_damaged and not now.damaged and not now.sums_damaged:
             text = "damaged, and healed from other revisions"
             if not result.damaged:
@@ -4127,7 +4158,8 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
         for line in describe_ranges(join_ranges(differing)):
             output(f"{revision.id}: differs from the source: {line}\n")
         if image.damage():
-            raise Distrusted(f"{repository.name}: {revision.id} is damaged: backy verify")
+            hint = "backy verify names and marks what is damaged"
+            raise Distrusted(f"{repository.name}: {revision.id} is damaged", hint)
         return sum(length for _, length in join_ranges(differing))
 
 
@@ -4259,11 +4291,9 @@ class Dedup:
             moved = [(at - place + offset, physical, size) for at, physical, size in theirs]
             if mine == moved:
                 return
-        if self.dry_run:
-            self.shared += length
-            return
-        try:
-            self.shared += dedupe_range(origin.fd, place, length, image.fd, offset)
+        try:  # no bytes: only to know whether it could be done
+            done = dedupe_range(origin.fd, place, 0 if self.dry_run else length, image.fd, offset)
+            self.shared += length if self.dry_run else done
         except OSError as e:
             if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
                 raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
@@ -4398,11 +4428,14 @@ def sync_parent(path: str) -> None:
 class Restore:
     """Brings an image to a file or a device: shared, copied, or only what differs."""
 
-    def __init__(self, repository: Repository, image: CheckedImage, target: Target) -> None:
+    def __init__(
+        self, repository: Repository, image: CheckedImage, target: Target, check: bool
+    ) -> None:
+        """`check`: read the image also where it was verified and its extents can be shared."""
         self.name, self.image, self.target = repository.name, image, target
         self.shown = printable(target.path)
         self.shared = target.is_new and shares_extents(image.fd, target.fd)
-        self.is_checked = not self.shared or not image.is_untouched()
+        self.is_checked = check or not self.shared or not image.is_untouched()
         self.writer = Writer(target.fd, image.size, target.is_device)
         self.old: Reader | None = None
         self.seen = self.differed = 0  # units of the target that were compared, that were others
@@ -4458,7 +4491,7 @@ class Restore:
 
     def what_was_done(self) -> str:
         if not self.is_checked:
-            return "extents shared with what was verified and not written to since"
+            return "extents shared, not read again (verified, not written to since)"
         if self.shared:
             return "extents shared and checked"
         return f"{format_size(self.writer.bytes_written)} written"
@@ -4480,6 +4513,9 @@ def confess(repository: Repository, image: CheckedImage) -> None:
         log.warning("%s: %s: %s: taken from another revision", repository.name, name, line)
     damaged = image.damage()
     if damaged:
+        known = join_ranges([*image.revision.damaged, *damaged])
+        with suppress(BackyError), repository.metadata_lock():  # we may not be allowed to
+            repository.change(image.revision, trust=Trust.DISTRUSTED, damaged=known)
         for line in describe_ranges(damaged):
             log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
         raise Distrusted(
@@ -4489,7 +4525,9 @@ def confess(repository: Repository, image: CheckedImage) -> None:
         )
 
 
-def restore_revision(repository: Repository, revision: Revision, path: str, force: bool) -> None:
+def restore_revision(
+    repository: Repository, revision: Revision, path: str, force: bool, check: bool = False
+) -> None:
     """Bring the image to the file or device at `path`, and to the medium, before this returns.
 
     Raises Distrusted at the end when parts of the image were damaged.  What was
@@ -4502,7 +4540,7 @@ def restore_revision(repository: Repository, revision: Revision, path: str, forc
         image = CheckedImage(repository, revision, stack, donors.mend)
         target = open_target(repository, path, image.size, force, stack)
         announce(repository, image)
-        restore = Restore(repository, image, target)
+        restore = Restore(repository, image, target, check)
         try:
             restore.prepare(stack)
             restore.run()
@@ -4844,6 +4882,7 @@ def revision_json(revision: Revision) -> dict[str, Any]:
         "verified": format_time_json(revision.verified),
         "protected": revision.protected,
         "damaged": ranges_json(revision.damaged),
+        "sums_damaged": revision.sums_damaged,
         "problem": revision.problem or None,
     }
 
@@ -4901,6 +4940,8 @@ def status_row(revision: Revision) -> list[str]:
         tags = f"{tags} (incomplete)".strip()
     elif revision.problem:
         tags = f"{tags} (no image)".strip()
+    elif revision.sums_damaged:
+        tags = f"{tags} (unverified)".strip()
     elif revision.trust is Trust.DISTRUSTED:
         tags = f"{tags} (distrusted)".strip()
     durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
@@ -4958,6 +4999,9 @@ def find(args: argparse.Namespace) -> None:
     argument(
         "-f", "--force", action="store_true", help="overwrite an existing file or a block device"
     ),
+    argument(
+        "--check", action="store_true", help="read all of it, also where extents are only shared"
+    ),
     examples=(
         "backy -b /srv/backy/vm1 restore vm1.img\n"
         "backy -b /srv/backy/vm1 restore --force /dev/vg/vm1\n"
@@ -4978,7 +5022,7 @@ def restore(args: argparse.Namespace) -> None:
         if to_pipe:
             restore_to_pipe(repository, revision, 1)
         else:
-            restore_revision(repository, revision, args.target, args.force)
+            restore_revision(repository, revision, args.target, args.force, args.check)
 
 
 def parse_sample(text: str) -> int:
@@ -4991,18 +5035,21 @@ def parse_sample(text: str) -> int:
 
 
 def parse_limit(text: str) -> float:
-    try:
-        return parse_duration(text).total_seconds()
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from e
+    seconds = parse_wait(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to do anything in")
+    return seconds
 
 
 def choose_to_verify(repository: Repository, args: argparse.Namespace) -> list[Revision]:
-    if (args.all or args.oldest) and args.source:
-        raise BackyError("--source compares one revision: name it with -r")
-    if not (args.all or args.oldest):
+    several = args.all or args.oldest
+    if args.source and (several or args.json or args.parts > 1 or args.max_duration):
+        raise BackyError("--source compares all of one revision: only -r goes with it")
+    if several and args.given:
+        raise BackyError("-r names one revision, --all and --oldest mean all")
+    if not several:
         return [repository.find(args.revision)]
-    chosen = [revision for revision in repository.complete if not revision.problem]
+    chosen = repository.complete
     if args.oldest:
         chosen.sort(key=lambda one: one.verified or EPOCH)
     if not chosen:
@@ -5070,9 +5117,11 @@ def verify(args: argparse.Namespace) -> None:
             for line in describe_ranges(result.damaged):
                 output(f"{result.revision.id}: damaged: {line}\n")
     if any(result.is_damaged for result in verifier.results):
+        left = [one for one in verifier.results if one.revision.damaged or one.revision.problem]
+        hint = "restore still works, and lists what is lost; the next backup may heal more"
         raise Distrusted(
-            f"{repository.name}: damage was found",
-            "restore still works and lists what is lost; backy status -v shows what is distrusted",
+            f"{repository.name}: damage was found{'' if left else ', and all of it is healed'}",
+            hint if left else "look at the disk: dmesg, smartctl",
         )
     if len(verifier.results) == 1 and "cannot" in verifier.results[0].text:
         result = verifier.results[0]
@@ -5125,6 +5174,8 @@ def distrust(args: argparse.Namespace) -> None:
     until = args.until[1] if args.until else datetime.max.replace(tzinfo=UTC)
     with Repository.open(args.directory) as repository, repository.metadata_lock():
         chosen = [one for one in repository.complete if first <= one.timestamp <= until]
+        if args.given and (args.first or args.until):
+            raise BackyError("-r names one revision, --from and --until mean those of a time")
         if args.given:
             chosen = [repository.find(args.revision)]
         for revision in chosen:
