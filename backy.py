@@ -3315,6 +3315,8 @@ def rebuild_sums(repository: Repository, revision: Revision) -> tuple[tuple[int,
     with ExitStack() as stack, explain(f"{repository.name}: cannot make {revision.id}.sums anew"):
         image = CheckedImage(repository, revision, stack)
         name, target, dir_fd = temporary_name(), f"{revision.id}.sums", repository.dir_fd
+        if file_type(dir_fd, target) not in (0, stat.S_IFREG):
+            return None  # not ours, to be left alone
         fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         stack.callback(close, fd)
         try:
