@@ -125,7 +125,11 @@ def btrfs(_file_systems):
     yield from fresh_directory(_file_systems, "btrfs")
 
 
-@pytest.fixture(params=["xfs", "btrfs"])
+# the fast tests run on XFS, all of them on both
+BOTH = ("xfs", pytest.param("btrfs", marks=pytest.mark.slow))
+
+
+@pytest.fixture(params=BOTH)
 def cow(request, _file_systems):
     """An empty directory on a file system that shares extents; the test runs on each kind."""
     yield from fresh_directory(_file_systems, request.param)

@@ -262,19 +262,21 @@ def test_the_mode_of_verification_is_a_key_of_the_config(job, source, run):
     assert "performing full verification" in over.err
 
 
-def test_full_heals_what_has_rotted_in_the_previous_image_and_distrusts_it(job, source, run):
+def test_full_heals_what_has_rotted_in_the_previous_image(job, source, run):
     one = make(run, job, source)
+    sound = (job / one.id).read_bytes()
     flip(job / one.id, 70000)
     result = run("-b", job, "backup", "daily")
     assert result.status == 0
     assert f"parent {one.id} is damaged: bytes 65536 to 131071 (65536)" in result.err
     assert f"parent {one.id} is now distrusted" in result.err
-    one, two = revisions(job)
-    assert one.trust is backy.Trust.DISTRUSTED
-    assert one.damaged == ((65536, 65536),)
+    two = revisions(job)[-1]
     assert two.bytes_written == 4096
     assert (job / two.id).read_bytes() == source.read_bytes()
-    assert run("-b", job, "verify").status == 0
+    for number, image in enumerate([source.read_bytes(), sound]):
+        healed = run("-b", job, "verify", "-r", number).status == 0
+        assert healed is ((job / revisions(job)[1 - number].id).read_bytes() == image)
+        assert healed or number == 1
 
 
 def test_written_leaves_unchanged_blocks_to_verify(job, source, run):
@@ -337,26 +339,104 @@ def test_a_page_that_the_medium_returns_otherwise_than_written_fails_the_backup(
     assert contents(job) == before
 
 
-def test_image_and_digests_are_forced_to_the_medium_once_and_before_the_metadata(
-    job, source, run, monkeypatch
+def test_writes_that_never_reach_the_medium_fail_the_backup(job, source, run, monkeypatch):
+    """Image and digests both stay what they were, and so agree with each other."""
+    make(run, job, source)
+    write_image(source, (MiB, noise(4096, 9)))
+    before = contents(job)
+    real = os.pwrite
+
+    def pwrite(fd, data, offset):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        return len(data) if len(name.partition(".")[0]) == 22 else real(fd, data, offset)
+
+    monkeypatch.setattr(backy.os, "pwrite", pwrite)
+    result = run("-b", job, "backup", "daily")
+    assert result.status == 1
+    assert "job: verification failed: writes have been lost" in result.err
+    assert contents(job) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pages_of_the_previous_image_that_cannot_be_read_are_written_anew(
+    job, source, run, monkeypatch, mode
 ):
+    """A bad sector under the parent, also under its odd end; written bytes go elsewhere."""
+    one = make(run, job, source)
+    size = source.stat().st_size
+    bad = {0, MiB + 8192, size - size % 4096}
+    write_image(source, *((page, b"changed") for page in bad))
+    real_read, real_write, real_truncate = os.preadv, os.pwrite, os.ftruncate
+
+    def ours(fd):  # the new image, and only that
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        return os.path.dirname(path) == str(job) and len(path) == len(f"{job}/{one.id}")
+
+    def preadv(fd, buffers, offset, flags=0):
+        end = offset + sum(map(len, buffers))
+        if ours(fd) and any(offset <= page < end for page in bad):
+            raise OSError(5, "Input/output error")
+        return real_read(fd, buffers, offset, flags)
+
+    def pwrite(fd, data, offset):
+        if ours(fd):
+            bad.difference_update(range(offset, offset + len(data), 4096))
+        return real_write(fd, data, offset)
+
+    def ftruncate(fd, length):
+        if ours(fd):
+            bad.difference_update([page for page in bad if page >= length])
+        return real_truncate(fd, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backy.os, "preadv", preadv)
+        patch.setattr(backy.os, "pwrite", pwrite)
+        patch.setattr(backy.os, "ftruncate", ftruncate)
+        result = run("-b", job, "backup", "daily", "--verify", mode)
+    assert result.status == 0, result
+    assert "the previous image cannot be read at offset 0: written anew" in result.err
+    assert not bad
+    two = revisions(job)[-1]
+    assert (job / two.id).read_bytes() == source.read_bytes()
+    assert run("-b", job, "verify").status == 0
+
+
+def test_everything_is_on_the_medium_before_what_says_so(job, source, run, monkeypatch):
+    """Image and digests before the metadata, the metadata before `last`."""
     make(run, job, source)
     write_image(source, (0, noise(4096, 9)))
-    forced = []
-    real = os.fsync
+    events = []
 
-    def fsync(fd):
-        forced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
-        return real(fd)
+    def watch(name, describe):
+        real = getattr(os, name)
 
-    monkeypatch.setattr(backy.os, "fsync", fsync)
+        def call(*args, **options):
+            events.append((name, describe(*args)))
+            return real(*args, **options)
+
+        monkeypatch.setattr(backy.os, name, call)
+
+    def path_of(fd, *_):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    for name in ("fsync", "pwrite", "ftruncate", "fchmod"):
+        watch(name, path_of)
+    watch("rename", lambda _, target: target)
     two = make(run, job, source)
-    assert [re.sub(r"tmp-\w+", "tmp", name).replace(two.id, "ID") for name in forced] == [
-        *(".backy-tmp", "job"),  # .rev, incomplete
-        *("ID", "ID.sums", "job"),
-        *(".backy-tmp", "job"),  # .rev, complete
-        "job",  # last
-    ]
+    commit = max(at for at, one in enumerate(events) if one == ("rename", f"{two.id}.rev"))
+    last = events.index(("rename", "last"))
+    for name in (two.id, f"{two.id}.sums"):
+        places = [at for at, one in enumerate(events) if one[1] == name and one[0] != "rename"]
+        assert events[places[-1]] == ("fsync", name)
+        assert places[-1] < commit
+        forced = [at for at in places if events[at][0] == "fsync"]
+        for first, second in zip(forced, forced[1:]):  # once for each written state
+            assert any(first < at < second for at in places if events[at][0] == "pwrite")
+    assert events[commit - 1][0] == "fsync"
+    assert ("fsync", "job") in events[:commit]
+    assert events[commit + 1] == ("fsync", "job")
+    assert ("fsync", "job") in events[last:]
+    assert commit < last
 
 
 # -- block devices ----------------------------------------------------------------
@@ -380,6 +460,14 @@ def test_a_block_device_of_an_odd_number_of_sectors_is_backed_up(cow, run, block
     two = revisions(job)[-1]
     assert (job / two.id).read_bytes() == image
     assert two.size == len(image)
+
+
+def test_a_device_without_a_medium_is_refused(cow, run, block_device):
+    device = command("losetup", "--find").stdout.strip()
+    run("-b", cow / "job", "init", "file", device)
+    result = run("-b", cow / "job", "backup", "daily")
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert os.listdir(cow / "job") in (["config"], ["config", ".lock"], [".lock", "config"])
 
 
 def test_a_device_that_is_written_to_while_it_is_read_fails(cow, run, block_device, meanwhile):
@@ -423,6 +511,10 @@ EVENTS = {
     "is replaced": (
         lambda path: write_image(path.parent / "new", (0, b"new")).rename(path),
         "while it was read (read up to offset",
+    ),
+    "gives its name to another": (
+        lambda path: [path.rename(f"{path}.old"), write_image(path, (0, b"new"))],
+        "was replaced while it was read (read up to offset",
     ),
     "changes": (
         lambda path: write_image(path, (4096, b"changed")),
@@ -535,7 +627,9 @@ def test_a_job_moved_between_file_systems_goes_on(xfs, ext4, run, tmp_path):
 
 
 def test_tags_are_split_stripped_sorted_and_once(job, run):
-    assert run("-b", job, "backup", "weekly, daily,daily ,manual:x+y_z-1.0").status == 0
+    result = run("-b", job, "backup", "weekly, daily,daily ,manual:x+y_z-1.0")
+    assert result.status == 0
+    assert result.err.splitlines()[0].endswith(" [daily,manual:x+y_z-1.0,weekly]")
     assert revisions(job)[0].tags == ("daily", "manual:x+y_z-1.0", "weekly")
 
 
@@ -650,17 +744,22 @@ def cached_and_source(new_file_system, run):
     os.posix_fadvise(forget, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(forget)
     cached.read_bytes()
-    assert (resident(cached), resident(source)) == (256 * MiB, 0)
+    if resident(cached) < 256 * MiB:
+        pytest.skip("somebody has dropped the whole page cache meanwhile")
+    assert resident(source) == 0
     run("-b", made.path / "job", "init", "file", source)
     return cached, source, made.path / "job"
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the probe of the cache fills it")
-def test_a_backup_leaves_the_page_cache_as_it_was(cached_and_source, run):
+def test_a_backup_leaves_the_page_cache_as_it_was(cached_and_source, run, tmp_path):
     cached, source, job = cached_and_source
+    control = write_image(tmp_path / "control", (0, noise(MiB, 1)))
     for _ in range(2):
+        control.read_bytes()
         make_quietly(run, job)
+        if not resident(control):
+            pytest.skip("somebody has dropped the whole page cache meanwhile")
         assert resident(cached) == 256 * MiB
         assert sum(map(resident, [source, *map(job.joinpath, os.listdir(job))])) < 16 * MiB
 

@@ -214,10 +214,10 @@ def test_verbose_status_tells_trust_and_last_verification(job, run):
     assert run("-b", job, "backup", "daily").status == 0
     assert run("-b", job, "protect").status == 0
     lines = run("-b", job, "status", "-v").out.splitlines()
-    assert lines[1].endswith("| Trust    | Verified (UTC)      | Protected |")
+    assert "| Trust    | Verified (UTC)      | Protected |" in lines[1]
     (one,) = revisions(job)
     when = backy.format_time(one.verified)
-    assert lines[3].endswith(f" | daily | verified | {when} | yes       |")
+    assert f" | daily | verified | {when} | yes       |" in lines[3]
 
 
 def test_status_as_json_has_every_key_and_times_that_sort(history, run):
@@ -228,7 +228,7 @@ def test_status_as_json_has_every_key_and_times_that_sort(history, run):
     assert (shown["version"], shown["job"]) == (1, "vm1")
     assert shown["problems"] == [{"file": "zz.rev", "problem": "it is not a mapping"}]
     assert [one["id"] for one in shown["revisions"]] == ["aaXX1", "aaYY2", "bbZZ3", "ccWW4"]
-    assert shown["revisions"][2] == {
+    known = {
         "id": "bbZZ3",
         "timestamp": "2026-11-22T10:00:30.500000Z",
         "tags": ["manual:x"],
@@ -243,6 +243,7 @@ def test_status_as_json_has_every_key_and_times_that_sort(history, run):
         "damaged": [],
         "problem": None,
     }
+    assert {key: shown["revisions"][2][key] for key in known} == known
     assert shown["revisions"][3]["complete"] is False
     assert shown["revisions"][3]["duration"] is None
 

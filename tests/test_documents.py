@@ -7,6 +7,8 @@ manual pages are held against the parser and the keys, in both directions.
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
 import os
 import re
@@ -132,14 +134,14 @@ def newcomer(tmp_path, cow):
 @pytest.mark.root
 def test_readme_shows_what_its_commands_print(newcomer):
     steps = console_steps(README.read_text(encoding="utf-8"))
-    assert {"selftest", "init", "backup", "status", "restore"} <= {
+    assert {"selftest", "init", "backup", "status", "restore", "verify;"} <= {
         word for command, _ in steps for word in command.split()
     }
     for command, shown in steps:
         real = newcomer(command)
         assert matches(mask(shown), mask(real)), f"$ {command}\n{real}"
     last = newcomer.job / "last"
-    assert last.read_bytes() == newcomer.image.read_bytes()
+    assert last.read_bytes() == newcomer.image.read_bytes()  # also after the damage
 
     text = README.read_text(encoding="utf-8").partition("## On disk")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
@@ -158,6 +160,10 @@ def test_readme_lists_all_commands():
     assert sorted(rows) == sorted(PARSERS)
 
 
+def test_readme_has_a_place_for_the_figures():
+    assert "\n## Figures\n" in README.read_text(encoding="utf-8")
+
+
 def test_readme_is_one_page():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 155
 
@@ -165,7 +171,7 @@ def test_readme_is_one_page():
 def test_readme_names_targets_and_files_that_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for path in MARKDOWN:
-        code = " ".join(code_of(path))
+        code = "\n".join(code_of(path))
         for words in re.findall(r"\bmake((?: [a-z][a-z-]*)+)", code):
             for target in words.split():
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path}: make {target}"
@@ -213,8 +219,11 @@ def test_manual_has_every_command_and_no_other():
 def test_synopsis_has_the_arguments_of(name):
     text = MANUAL.read_text(encoding="utf-8")
     synopsis = text.partition(".Sh SYNOPSIS")[2].partition(".Sh ")[0]
-    (form,) = re.findall(rf"^\.Nm\n\.Cm {name}\n((?:\.(?!Nm).*\n)*)", synopsis, re.MULTILINE)
-    flags = {f"-{flag}" for flag in re.findall(r"\bFl (-?\w[\w-]*)", form)}
+    forms = re.findall(rf"^\.Nm\n\.Cm {name}\n((?:\.(?!Nm).*\n)*)", synopsis, re.MULTILINE)
+    assert forms
+    form = "".join(forms)
+    alternatives = re.findall(r"[|] (?:Fl )?(-?\w[\w-]*)", form)  # .Op Fl a | -oldest | r Ar SPEC
+    flags = {f"-{flag}" for flag in [*re.findall(r"\bFl (-?\w[\w-]*)", form), *alternatives]}
     own = [
         action
         for action in PARSERS[name]._actions
@@ -245,9 +254,67 @@ def test_manual_names_the_fields_of_json():
     assert set(backy.revision_json(revision)) <= words
 
 
+def test_manual_names_what_commands_add_to_these_fields(tmp_path, source, run):
+    words = set(re.findall(r"\w+", MANUAL.read_text(encoding="utf-8")))
+    run("-b", tmp_path / "job", "init", "file", source)
+    run("-b", tmp_path / "job", "backup", "daily")
+    for name in ("status", "verify"):
+        done = run("-b", tmp_path / "job", name, "--json")
+        (revision,) = json.loads(done.out)["revisions"]
+        assert set(revision) <= words
+
+
 def test_manual_names_the_keys_of_rev_files():
     words = set(re.findall(r"\w+", MANUAL.read_text(encoding="utf-8")))
     assert set(backy.REVISION_KEYS) <= words
+
+
+def texts_of_program() -> list[str]:
+    """All texts in the program; what is filled in is a blank, as in the messages below."""
+    texts = [os.strerror(errno.ENOSPC), os.strerror(errno.EOPNOTSUPP)]
+    for node in ast.walk(ast.parse(PROGRAM.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [one.value if isinstance(one, ast.Constant) else " " for one in node.values]
+            texts.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(re.sub("%[sdr]|%[.]1f", " ", node.value))
+    return [" ".join(text.split()) for text in texts]
+
+
+def is_said(words: str, texts: list[str]) -> bool:
+    """Whether one text has these words, or the first of them are one and another goes on."""
+    cuts = [at for at, letter in enumerate(words) if letter == " "]
+    return any(words in text for text in texts) or any(
+        any(text.endswith(words[:at]) for text in texts)
+        and any(text.startswith(words[at + 1 :]) for text in texts)
+        for at in cuts
+    )
+
+
+BLANKS = re.compile(r"JOB: config: |\b[A-Z]+\b(?: UTC)?|'x'|\(y\?\)|\.\.\.|\\&|: text$")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("ID is damaged: bytes N to N (N)", True),
+        ("SOURCE changed while it was read", True),
+        ("SOURCE melted while it was read", False),
+        ("ID is damaged in N bytes and is now distrusted", False),
+    ],
+)
+def test_messages_are_found_in_the_program(message, expected):
+    texts = texts_of_program()
+    pieces = [piece.strip(" :,()+") for piece in BLANKS.split(message)]
+    assert all(is_said(piece, texts) for piece in pieces) is expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_diagnostics_are_what_the_program_says(page):
+    texts = texts_of_program()
+    for message in re.findall(r"^\.It Li (.*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        for piece in BLANKS.split(message):
+            assert is_said(piece.strip(" :,()+"), texts), f"{message}: {piece!r}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -303,7 +370,7 @@ def test_help_examples_are_accepted_by_the_parser():
 def test_calls_in_documents_are_accepted_by_the_parser(path):
     for piece in code_of(path):
         for line in piece.replace("\\e\n", " ").replace("\\\n", " ").splitlines():
-            call = re.match(r"(?:\$ |.*-?/usr/local/bin/)?backy (-b [^|]*)", line)
+            call = re.match(r"(?:\$ |.*-?/usr/local/bin/)?backy (-b [^|;]*)", line)
             if call:
                 words = re.sub(r"\s#.*", "", call[1]).split()
                 assert PARSER.parse_args(words).command in PARSERS, line

@@ -81,7 +81,8 @@ def test_an_error_while_looking_for_data_is_an_error(monkeypatch):
     ],
 )  # fmt: skip
 def test_units_touch_all_extents_in_order_and_once(size, extents, offsets):
-    assert list(backy.units(size, *extents)) == [offset for offset in offsets if offset < size]
+    pieces = [(offset, min(UNIT, size - offset)) for offset in offsets if offset < size]
+    assert list(backy.units(size, *extents)) == pieces
 
 
 def test_units_of_random_extents_miss_nothing():
@@ -100,7 +101,7 @@ def test_units_of_random_extents_miss_nothing():
             for unit in range(start // UNIT, -(-end // UNIT))
             if start < size and unit * UNIT < size
         }
-        assert list(backy.units(size, *lists)) == sorted(expected)
+        assert [offset for offset, _ in backy.units(size, *lists)] == sorted(expected)
 
 
 # -- reading ----------------------------------------------------------------------
@@ -266,10 +267,11 @@ def test_a_hole_at_the_odd_end_frees_the_last_page_and_adds_no_byte(cow, buffers
 @pytest.mark.parametrize("workers", [1, 4])
 def test_every_offset_is_worked_on_once(workers):
     seen, ticks = [], []
+    pieces = [(number, 7) for number in range(500)]
     backy.work_through(
-        iter(range(500)), lambda offset, _: seen.append(offset), lambda: ticks.append(1), workers
+        iter(pieces), lambda *piece: seen.append(piece[:2]), lambda: ticks.append(1), workers
     )
-    assert sorted(seen) == list(range(500))
+    assert sorted(seen) == pieces
     assert ticks or workers > 1  # they may be faster than the first look
 
 
@@ -280,9 +282,10 @@ def test_the_first_failure_ends_all_and_is_raised(workers, where):
         for number in range(10**9):
             if where == "offsets" and number == 20:
                 raise KeyError("failure")
-            yield number
+            yield number, 1
 
-    def work(offset, _):
+    def work(offset, length, _):
+        calls.append(offset)
         if where == "work" and offset == 20:
             raise KeyError("failure")
 
@@ -290,10 +293,15 @@ def test_the_first_failure_ends_all_and_is_raised(workers, where):
         if where == "tick":
             raise KeyError("failure")
 
-    before = threading.active_count()
+    before, calls = threading.enumerate(), []
     with pytest.raises(KeyError, match="failure"):
         backy.work_through(offsets(), work, tick, workers)
-    assert threading.active_count() == before
+    done = len(calls)
+    for thread in threading.enumerate():
+        if thread not in before:
+            thread.join(5)
+            assert not thread.is_alive()
+    assert len(calls) == done  # none of them went on
 
 
 def test_threads_that_cannot_be_started_are_a_failure(monkeypatch):
@@ -302,7 +310,7 @@ def test_threads_that_cannot_be_started_are_a_failure(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        backy.work_through(iter(range(9)), lambda *_: None, lambda: None, 4)
+        backy.work_through(iter([(0, 1)] * 9), lambda *_: None, lambda: None, 4)
 
 
 def test_small_images_need_no_threads():

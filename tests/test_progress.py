@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import MiB, noise, on_terminal, write_image
+from conftest import PROGRAM, MiB, noise, write_image
 
 import backy
 
@@ -51,14 +55,22 @@ def test_without_a_terminal_there_is_one_line_a_minute_and_only_with_v(clock, ca
     backy.log.handlers.clear()
 
 
-def test_on_a_terminal_one_line_is_drawn_over_and_goes_at_the_end(xfs, run, tmp_path):
-    source = write_image(tmp_path / "image", (0, noise(MiB, 1) * 96))
-    run("-b", xfs / "job", "init", "file", source)
-    status, seen = on_terminal("-b", xfs / "job", "backup", "daily", streams=("stderr",))
-    assert status == 0
-    drawn = re.findall(r"\rjob +[0-9.]+ MiB of 96.00 MiB +[0-9]+ % +[0-9.]+ [kMG]iB/s", seen)
-    assert drawn
-    assert re.search(r"\r *\r", seen)
+def test_on_a_terminal_one_line_is_drawn_over_and_goes_at_the_end(plain_job, run):
+    assert run("-b", plain_job, "backup", "daily").status == 0
+    ours, theirs = pty.openpty()
+    slowly = ["sh", "-c", '"$@" | (head -c 1; sleep 0.5; cat) > /dev/null', "-"]
+    words = [*slowly, sys.executable, str(PROGRAM), "-b", str(plain_job), "restore", "-"]
+    with subprocess.Popen(words, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):
+            while True:
+                seen += os.read(ours, 65536)
+    os.close(ours)
+    assert process.returncode == 0
+    line = rb"\rjob \(restoring\)  [12].00 MiB of 3.01 MiB  (33|66) %  [0-9.]+ [kM]iB/s"
+    assert re.search(line, seen), seen
+    assert seen.endswith(b"\r")
 
 
 def test_on_a_terminal_lines_are_drawn_five_times_a_second(clock, monkeypatch):
@@ -115,7 +127,7 @@ def test_sigusr1_always_gets_one_line(xfs, run, tmp_path, meanwhile, size, words
     assert happened
     assert result.status == 0, result
     (line,) = result.err.splitlines()
-    assert re.fullmatch(r"job( \(\w+\))?  .* of [0-9]+\.00 MiB  [0-9]+ %  .*/s", line)
+    assert re.fullmatch(r"job( \([\w ]+\))?  .* of [0-9]+\.00 MiB  [0-9]+ %  .*/s", line)
 
 
 def test_sigusr1_between_two_steps_gets_a_line_too(capfd):

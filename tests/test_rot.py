@@ -9,7 +9,7 @@ import os
 import random
 
 import pytest
-from conftest import MiB, noise, revisions, write_image
+from conftest import BOTH, MiB, noise, revisions, write_image
 
 import backy
 
@@ -74,7 +74,7 @@ class Rot:
         assert names == {one + end for one in self.contents for end in ("", ".rev", ".sums")}
 
 
-@pytest.fixture(params=["xfs", "btrfs"])
+@pytest.fixture(params=BOTH)
 def rot(request, new_file_system, tmp_path, run):
     random.seed(7)
     return Rot(new_file_system(request.param, 400 * MiB), tmp_path, run)
