@@ -33,7 +33,7 @@ venv:
 	@tools/setup-tests.sh venv "$(PYTHON)" $(VENV)
 
 quick: venv  ## the fast tests, under a minute
-	$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
+	$(RUN) pytest -q -n auto -m "not slow" $(PYTEST_ARGS)
 
 test: venv  ## all tests
 	@tools/setup-tests.sh packages

@@ -1315,8 +1315,10 @@ def is_cached(fd: int, size: int) -> bool:
             missed.append(place)
         except OSError:  # no such call on this file system: leave its cache alone
             return True
-    for place in missed:
-        drop_cache(fd, place - place % PAGE, PAGE)
+    with suppress(OSError):
+        for place in missed:
+            os.preadv(fd, [probe], place)  # waits for that page, which cannot be dropped before
+            drop_cache(fd, place - place % PAGE, PAGE)
     return len(missed) < 32
 
 
@@ -4304,6 +4306,7 @@ class Dedup:
     def open(self, number: int) -> CheckedImage | None:
         """The image of that number, open as long as there is room."""
         if number in self.opened:
+            self.opened[number] = self.opened.pop(number)  # now the last to be closed
             return self.opened[number][0]
         if len(self.opened) >= self.FILES:
             self.opened.pop(next(iter(self.opened)))[1].close()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Equal blocks come to share one extent, across revisions and jobs; nothing else changes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import MiB, noise, revisions, shared_bytes, write_image
+
+import backy
+
+SIZE = 10 * MiB + 999
+
+
+@pytest.fixture
+def jobs(cow, tmp_path, run):
+    """Three jobs whose images were made from one, each with changes of its own."""
+    made = []
+    for number in range(3):
+        image = write_image(tmp_path / f"image{number}", (0, noise(SIZE, 3)), size=SIZE)
+        write_image(image, (number * MiB, noise(300000, number + 10)), (9 * MiB, bytes(MiB)))
+        job = cow / f"job{number}"
+        assert run("-b", job, "init", "file", image).status == 0
+        assert run("-b", job, "backup", "x").status == 0
+        made.append((job, image))
+    return made
+
+
+def dedup(run, jobs, *words):
+    result = run("-b", jobs[0][0], "dedup", *words, *(job for job, _ in jobs[1:]))
+    assert result.status == 0, result
+    return result.out
+
+
+def test_images_of_one_template_share_what_they_have_in_common(jobs, run):
+    before = [shared_bytes(job / "last") for job, _ in jobs]
+    assert before == [0, 0, 0]
+    assert "3 images" in dedup(run, jobs)
+    for job, image in jobs:
+        assert shared_bytes(job / "last") > 7 * MiB
+        assert (job / "last").read_bytes() == image.read_bytes()
+        assert run("-b", job, "verify").status == 0
+
+
+def test_a_second_run_finds_nothing_to_do(jobs, run):
+    dedup(run, jobs)
+    assert "0 Bytes are now shared" in dedup(run, jobs)
+
+
+def test_a_dry_run_shares_nothing_and_says_how_much_there_is(jobs, run):
+    promised = dedup(run, jobs, "-n").split(": ")[1]
+    assert shared_bytes(jobs[0][0] / "last") == 0
+    done = dedup(run, jobs).split(": ")[1]
+    assert promised.split(" could")[0] == done.split(" are")[0]
+
+
+def test_revisions_of_one_job_that_do_not_share_come_to_share(cow, tmp_path, run):
+    image = write_image(tmp_path / "image", (0, noise(SIZE, 3)), size=SIZE)
+    job = cow / "job"
+    assert run("-b", job, "init", "file", image).status == 0
+    assert run("-b", job, "backup", "x").status == 0
+    content = image.read_bytes()
+    write_image(image, (0, content[MiB : 2 * MiB]))  # the same bytes in two places
+    assert run("-b", job, "backup", "x").status == 0
+    out = run("-b", job, "dedup").out
+    assert "1.00 MiB are now shared" in out
+    assert (job / "last").read_bytes() == image.read_bytes()
+
+
+def test_what_is_not_equal_any_more_is_left_alone(jobs, run):
+    """The digests say so, the bytes do not: the kernel looks before it shares."""
+    job, _ = jobs[1]
+    (revision,) = revisions(job)
+    with open(job / revision.id, "r+b") as file:
+        file.seek(5 * MiB)
+        file.write(b"rotten")
+        os.fsync(file.fileno())
+    damaged = (job / revision.id).read_bytes()
+    dedup(run, jobs)
+    assert (job / revision.id).read_bytes() == damaged
+    for other, image in (jobs[0], jobs[2]):
+        assert (other / "last").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("words", [[], ["-n"]])
+def test_where_extents_cannot_be_shared_it_says_so(ext4, tmp_path, run, words):
+    image = write_image(tmp_path / "image", (0, noise(MiB, 3) * 2), size=2 * MiB)
+    assert run("-b", ext4 / "job", "init", "file", image).status == 0
+    assert run("-b", ext4 / "job", "backup", "x").status == 0
+    result = run("-b", ext4 / "job", "dedup", *words)
+    assert result.status == 1
+    assert "cannot share extents" in result.err
+
+
+def test_more_images_than_may_be_open_are_no_matter(jobs, run, monkeypatch):
+    monkeypatch.setattr(backy.Dedup, "FILES", 2)
+    dedup(run, jobs)
+    assert shared_bytes(jobs[2][0] / "last") > 7 * MiB
