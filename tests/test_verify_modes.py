@@ -106,7 +106,7 @@ def test_each_sample_is_about_its_share(history, run):
 
 @pytest.mark.slow
 def test_every_revision_is_covered_in_20_runs_while_others_come_and_go(history, run):
-    """No revision needs more than 20 runs from its first one on, and none is called sound before."""
+    """No revision needs more than 20 runs from its first, and none is called sound before."""
     job, add = history
     runs: dict[str, int] = {}
     done: dict[str, int] = {}
