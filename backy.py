@@ -1856,8 +1856,26 @@ sums_header = struct.Struct("<8sI16sIQ24x")  # magic, version, algorithm, block 
 SUMS_MAGIC = b"backysum"
 
 
+def read_piece(fd: int, length: int, offset: int) -> bytes:
+    """Up to `length` bytes at `offset`; fewer only where the file ends."""
+    data = b""
+    while len(data) < length:
+        piece = os.pread(fd, length - len(data), offset + len(data))
+        if not piece:
+            break
+        data += piece
+    return data
+
+
 class Damaged(Exception):
     """A digest file is not what its revision says; the caller decides what that costs."""
+
+
+def damage_or_failure(error: OSError) -> Exception:
+    """What an error in reading digests means: Damaged, or that this process lacks something."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return BackyError(f"cannot read digests: {error.strerror}")
+    return Damaged(error.strerror)
 
 
 def block_digest(view: memoryview) -> bytes:
@@ -1879,7 +1897,7 @@ class Sums:
     def check(self, digest: str) -> None:
         """Raise Damaged unless this is the file that `digest`, from the `.rev`, speaks of."""
         try:
-            header = sums_header.unpack(os.pread(self.fd, sums_header.size, 0))
+            header = sums_header.unpack(read_piece(self.fd, sums_header.size, 0))
             if header[:4] != (SUMS_MAGIC, 1, b"sha256".ljust(16, b"\0"), BLOCK):
                 raise Damaged("its header is unknown")
             if header[4] != self.size:
@@ -1891,7 +1909,7 @@ class Sums:
         except struct.error:
             raise Damaged("its header is too short") from None
         except OSError as e:
-            raise Damaged(e.strerror) from e
+            raise damage_or_failure(e) from e
 
     def digest(self) -> str:
         """The SHA-256 of the whole file, from the medium."""
@@ -1907,7 +1925,7 @@ class Sums:
     def read(self, offset: int, length: int) -> list[bytes]:
         """The digests of the blocks from image offset `offset`, a block's start."""
         wanted = DIGEST * -(-length // BLOCK)
-        data = os.pread(self.fd, wanted, sums_header.size + DIGEST * (offset // BLOCK))
+        data = read_piece(self.fd, wanted, sums_header.size + DIGEST * (offset // BLOCK))
         if len(data) < wanted:
             raise OSError(errno.EIO, "digests cut short")
         return [data[at : at + DIGEST] for at in range(0, wanted, DIGEST)]
@@ -2482,7 +2500,7 @@ class Repository:
         try:
             fd = open_regular(self.dir_fd, f"{revision.id}.sums")
         except OSError as e:
-            raise Damaged(e.strerror) from e
+            raise damage_or_failure(e) from e
         try:
             sums = Sums(fd, revision.size or 0)
             sums.check(revision.digest)

@@ -49,11 +49,14 @@ def by_digest(top: Path) -> Bench:
 def damaged_parent(top: Path) -> Bench:
     """The parent's image and digests have rotten on the disk, where it does not tell."""
     bench = Bench(top, *contents())
+    name = bench.ids[-1]
+    bench.healthy = {one: bench.known[one] for one in (name, f"{name}.sums")}
     for name, offset in ((bench.ids[-1], 3 * faults.PAGE), (f"{bench.ids[-1]}.sums", 99)):
         with open(bench.base / name, "r+b") as file:
             file.seek(offset)
             file.write(b"rotten")
     bench.remember()
+    bench.rewritten = {bench.ids[-1]}
     return bench
 
 
