@@ -1331,6 +1331,16 @@ def device_writes(number: int) -> tuple[str, ...]:
     return ()
 
 
+def disk_sequence(number: int) -> str:
+    """What tells this disk from one that had the same number before (Linux 5.15); "" if unknown."""
+    top = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if os.path.exists(f"{top}/partition"):
+        top = os.path.dirname(top)
+    with suppress(OSError), open(f"{top}/diskseq", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
+
+
 def files_below(number: int) -> list[str]:
     """The paths of the files that block device `number` is made of, by loop devices."""
     top = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
@@ -2207,6 +2217,13 @@ def decode_revision(data: bytes, name: str) -> Revision:
     )
 
 
+def widen_ranges(ranges: ListLike[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """The same in at most `most` ranges: neighbours are made one, so that nothing is left out."""
+    step = -(-len(ranges) // most) or 1
+    groups = [ranges[at : at + step] for at in range(0, len(ranges), step)]
+    return [(group[0][0], sum(group[-1]) - group[0][0]) for group in groups]
+
+
 def encode_revision(revision: Revision) -> bytes:
     stats = {**revision.stats, "bytes_written": revision.bytes_written}
     if revision.duration is not None:
@@ -2236,8 +2253,8 @@ def encode_revision(revision: Revision) -> bytes:
     if revision.digest:
         values["digest"] = f"sha256:{revision.digest}"
     if revision.damaged:
-        ranges = [f"{offset}+{length}" for offset, length in revision.damaged]
-        values["damaged"] = ranges[:MOST_RANGES]
+        ranges = widen_ranges(revision.damaged, MOST_RANGES)
+        values["damaged"] = [f"{offset}+{length}" for offset, length in ranges]
     return format_yaml(values).encode("utf-8")
 
 
@@ -2511,8 +2528,10 @@ class Repository:
 
     def find_unfinished(self, state: str) -> Revision | None:
         """The newest interrupted revision that was made of a source in this very `state`."""
+        yesterday = datetime.now(UTC) - timedelta(days=1)
         for revision in reversed(self.revisions):
-            if not revision.is_complete and state and revision.source_state == state:
+            same = state and revision.source_state == state and revision.timestamp > yesterday
+            if same and not revision.is_complete:
                 names = (revision.id, f"{revision.id}.sums", f"{revision.id}.part")
                 if all(file_type(self.dir_fd, name) == stat.S_IFREG for name in names):
                     return revision
@@ -2694,13 +2713,18 @@ class StillFile(Still):
         self.state = self.describe_state()
 
     def describe_state(self) -> str:
-        """What stays the same as long as nobody writes; the writes to a device count from boot."""
+        """What stays the same as long as nobody writes, and of a device while it is the same disk.
+
+        Writes to a device count from boot, and are not seen when another host makes
+        them: an interrupted run is gone on with for a day only.
+        """
         status = self.status
         if not self.is_device:
             return f"{status.st_ino} {self.size} {status.st_mtime_ns} {status.st_ctime_ns}"
         with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            if self.writes:
-                return f"{status.st_rdev} {self.size} {' '.join(self.writes)} {file.read().strip()}"
+            if len(self.writes) > 1 and self.writes[0]:
+                words = (status.st_rdev, self.size, *self.writes, file.read().strip())
+                return " ".join(map(str, words))
         return ""
 
     def count_writes(self) -> tuple[str, ...]:
@@ -2708,7 +2732,8 @@ class StillFile(Still):
             return ()
         with suppress(OSError):  # what was dirty before must not count as written since
             os.fdatasync(self.fd)
-        return device_writes(self.status.st_rdev)
+        number = self.status.st_rdev
+        return (disk_sequence(number), *device_writes(number))
 
     def check(self) -> None:
         status, what = os.fstat(self.fd), ""
@@ -3151,16 +3176,27 @@ def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
                     repository.change(revision, trust=Trust.DISTRUSTED, damaged=known)
 
 
-def copy_image(image: CheckedImage, fd: int) -> None:
-    """Make `fd` a clone of the image, or a sparse copy where extents cannot be shared."""
+def copy_image(repository: Repository, image: CheckedImage, fd: int) -> bool:
+    """Make `fd` a clone of the image, or a sparse copy where extents cannot be shared; which it is.
+
+    Raises OSError when more turns out to be damaged than was known: what is copied
+    must not be worse than what it replaces.
+    """
     with suppress(CloneUnsupported):
         clone_file(image.fd, fd)
-        return
+        return True
     os.ftruncate(fd, image.size)
-    buffers, writer = Buffers(), Writer(fd, image.size)
-    for offset, length in units(image.size, image.reader.extents()):
-        image.reader.salvage(buffers.new, offset, length)
+    writer = Writer(fd, image.size)
+
+    def work(offset: int, length: int, buffers: Buffers) -> None:
+        image.read(buffers.new, offset, length)
         writer.update(buffers.new, offset, differing_runs(buffers, length, fresh=True))
+
+    pass_over(f"{repository.name} (healing)", image.size, image.pieces(), work)
+    known = set(block_offsets(image.revision.damaged))
+    if not known.issuperset(block_offsets(image.damage())):
+        raise OSError(errno.EIO, "more of it is damaged than was known")
+    return False
 
 
 def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> bool:
@@ -3170,6 +3206,8 @@ def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> boo
     block = memoryview(mmap.mmap(-1, BLOCK))
     image.reader.salvage(block, offset, length)
     block = block[:length]
+    if block_digest(block) == digest:
+        return True  # a range may hold sound blocks too
     found = donors.find(digest, offset, block) if digest else None
     if found is None:
         return False
@@ -3184,6 +3222,26 @@ def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> boo
     return True
 
 
+def read_back(
+    repository: Repository, image: CheckedImage, fd: int, offsets: list[int] | None
+) -> None:
+    """Hold these blocks of `fd`, or all of them, against the digests of `image`; raises OSError."""
+    new = Reader(fd, image.size, True)
+
+    def work(offset: int, length: int, buffers: Buffers) -> None:
+        new.read(buffers.new, offset, length)
+        digests = image.digests(offset, length)
+        for block, start, end in blocks_of(length):
+            if block_digest(buffers.new[start:end]) != digests[block]:
+                raise OSError(errno.EIO, "what was read back is not what was written")
+
+    if offsets is None:
+        pieces: Iterable[tuple[int, int]] = image.pieces()
+    else:
+        pieces = [(offset, min(BLOCK, image.size - offset)) for offset in offsets]
+    pass_over(f"{repository.name} (reading back)", image.size, pieces, work)
+
+
 def heal_clone(
     repository: Repository,
     image: CheckedImage,
@@ -3196,22 +3254,18 @@ def heal_clone(
     fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     stack.callback(close, fd)
     try:
-        copy_image(image, fd)
+        is_clone = copy_image(repository, image, fd)
         healed = set()
         for offset in offsets:
             if heal_block(image, donors, offset, fd):
                 healed.add(offset)
+        if not is_clone and len(healed) < len(offsets):
+            return set()  # a copy has zeros for what cannot be read now; the original may yet be
         if healed:
             os.fchmod(fd, 0o440)
             sync(fd)
             drop_cache(fd)
-            new = Reader(fd, image.size, True)
-            block = memoryview(mmap.mmap(-1, BLOCK))
-            for offset in healed:
-                length = min(BLOCK, image.size - offset)
-                new.read(block, offset, length)
-                if block_digest(block[:length]) != image.digests(offset, length)[0]:
-                    raise OSError(errno.EIO, "what was read back is not what was written")
+            read_back(repository, image, fd, sorted(healed) if is_clone else None)
             target = image.revision.id
             os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
             sync(dir_fd)
@@ -3995,9 +4049,17 @@ class Verification:
                 return
             if self.is_known(offset, length):
                 continue
-            for start, end in self.wanted(offset, length):
-                if not self.is_known(start, end - start):
+            start = end = offset
+            for block_start, block_end in self.wanted(offset, length):
+                if self.is_known(block_start, block_end - block_start):
+                    continue
+                if block_start != end and end > start:
                     yield start, end - start
+                if block_start != end:
+                    start = block_start
+                end = block_end
+            if end > start:
+                yield start, end - start
 
     def wanted(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(start, end) of the blocks of a unit that this run is to see."""
@@ -4120,9 +4182,20 @@ class Verifier:
         self.results.append(Result(revision, text, read, image.damage(), bool(image.damaged)))
 
     def mark(self, revision: Revision, **values: Any) -> Revision:
-        """Write down what was found; where that cannot be, the result stands all the same."""
+        """Write down what was found; where that cannot be, the result stands all the same.
+
+        What others have found bad meanwhile is not made good by what we saw before.
+        """
         try:
             with self.repository.metadata_lock():
+                now = self.repository.find(revision.id)
+                if values.get("trust") is not Trust.DISTRUSTED and (
+                    (now.trust, now.damaged) != (revision.trust, revision.damaged)
+                ):
+                    log.warning("%s: %s was marked meanwhile", self.repository.name, revision.id)
+                    return now
+                if values.get("trust") is Trust.DISTRUSTED:
+                    values["damaged"] = join_ranges([*values.get("damaged", ()), *now.damaged])
                 return self.repository.change(revision, **values)
         except BackyError as e:
             log.warning("%s (the result is not recorded)", e)

@@ -74,7 +74,7 @@ def seen_blocks(monkeypatch) -> list[int]:
     check = backy.CheckedImage.check
 
     def spy(self, offset, length, buffers):
-        seen.append((self.revision.id, offset))
+        seen.extend((self.revision.id, at) for at in range(offset, offset + length, backy.BLOCK))
         check(self, offset, length, buffers)
 
     monkeypatch.setattr(backy.CheckedImage, "check", spy)

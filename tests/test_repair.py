@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What repair must not do: forget damage, make sound bytes worse, overrule what others found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import faults
+import pytest
+from conftest import MiB, command, need, noise, revisions, write_image
+
+import backy
+
+BLOCK = backy.BLOCK
+
+
+def rot(path, *offsets: int) -> None:
+    with open(path, "r+b") as file:
+        for offset in offsets:
+            file.seek(offset)
+            (byte,) = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte ^ 4]))
+
+
+def two_revisions(job, image, run) -> list[backy.Revision]:
+    assert run("-b", job, "init", "file", image).status == 0
+    for _ in range(2):
+        assert run("-b", job, "backup", "x").status == 0
+    return revisions(job)
+
+
+def test_more_ranges_than_are_written_down_are_widened_and_none_forgotten(
+    xfs, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(backy, "MOST_RANGES", 3)
+    image = write_image(tmp_path / "image", (0, noise(4 * MiB, 1)))
+    _, two = two_revisions(xfs / "job", image, run)
+    rot(xfs / "job" / two.id, *range(0, 4 * MiB, 2 * BLOCK))
+    assert run("-b", xfs / "job", "verify").status == 1
+    assert (xfs / "job" / two.id).read_bytes() == image.read_bytes()
+    assert run("-b", xfs / "job", "verify").status == 0
+
+
+def test_ranges_that_are_widened_hold_all_that_they_held():
+    ranges = [(at * 10, 3) for at in range(10)]
+    for most in range(1, 12):
+        wide = backy.widen_ranges(ranges, most)
+        assert len(wide) <= most
+        for offset, length in ranges:
+            assert any(a <= offset and offset + length <= a + b for a, b in wide)
+    assert backy.widen_ranges([], 3) == []
+
+
+def test_a_read_error_while_a_copy_is_made_leaves_the_old_image(ext4, tmp_path, run, monkeypatch):
+    """Without reflinks an image is copied to be healed; no read error may turn into zeros."""
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = ext4 / "job"
+    _, two = two_revisions(job, image, run)
+    rot(job / two.id, 5)
+    damaged = (job / two.id).read_bytes()
+    real, failing = os.preadv, []
+
+    def preadv(fd, buffers, offset, flags=0):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if copying and path.endswith(two.id) and offset <= 2 * MiB < offset + len(buffers[0]):
+            failing.append(offset)
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, offset, flags)
+
+    copying = []
+    copy_image = backy.copy_image
+    monkeypatch.setattr(backy, "copy_image", lambda *words: copying.append(1) or copy_image(*words))
+    monkeypatch.setattr(backy.os, "preadv", preadv)
+    assert run("-b", job, "verify").status == 1
+    monkeypatch.undo()
+    assert failing
+    assert (job / two.id).read_bytes() == damaged
+    assert revisions(job)[-1].trust is backy.Trust.DISTRUSTED
+    assert run("-b", job, "verify").status == 1
+    assert (job / two.id).read_bytes() == image.read_bytes()
+
+
+def test_distrust_while_it_is_verified_is_not_undone(xfs, tmp_path, run, meanwhile):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, _ = two_revisions(job, image, run)
+
+    def distrust():
+        with backy.Repository.open(str(job)) as repository, repository.metadata_lock():
+            repository.change(one, trust=backy.Trust.DISTRUSTED)
+
+    happened = meanwhile(2, distrust)
+    run("-b", job, "verify", "-r", one.id)
+    assert happened
+    assert revisions(job)[0].trust is backy.Trust.DISTRUSTED
+
+
+def test_another_disk_with_the_same_number_is_not_gone_on_with(xfs, tmp_path, run, block_device):
+    """A loop device that was attached anew to something else: same number, size and counters."""
+    need(os.path.exists("/sys/block/loop0/diskseq"), "this kernel has no diskseq")
+    device = block_device(24 * MiB, "--read-only")
+    (backing,) = tmp_path.glob("device-*")
+    write_image(backing, (0, noise(24 * MiB, 1)))
+    job = xfs / "job"
+    assert run("-b", job, "init", "file", device).status == 0
+    shutil.copytree(job, tmp_path / "fresh")
+    trace = faults.run("-b", job, "backup", "x").trace
+    shutil.rmtree(job)
+    shutil.copytree(tmp_path / "fresh", job)
+    writes = [call.number for call in trace if call.name == "pwrite"]
+    faults.run("-b", job, "backup", "x", plan=faults.Plan(writes[len(writes) // 2], faults.kill))
+    assert list(job.glob("*.part"))
+    command("losetup", "--detach", device)
+    other = write_image(tmp_path / "other", (0, noise(24 * MiB, 2)))
+    command("losetup", "--read-only", device, other)
+    result = run("-b", job, "backup", "x")
+    assert result.status == 0, result
+    assert "kept" not in result.err
+    assert (job / "last").read_bytes() == other.read_bytes()
+
+
+def test_what_nobody_has_any_more_is_said_to_be_lost(xfs, tmp_path, run):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    assert run("-b", job, "init", "file", image).status == 0
+    assert run("-b", job, "backup", "x").status == 0
+    rot(job / "last", MiB + 1)
+    result = run("-b", job, "verify", "--json")
+    assert result.status == 1
+    (entry,) = json.loads(result.out)["revisions"]
+    assert entry["trust"] == "distrusted"
+    assert entry["damaged"] == [{"offset": MiB, "length": BLOCK}]
+
+
+@pytest.mark.parametrize("size", [3 * MiB, 3 * MiB + 100])
+def test_a_block_at_another_place_of_the_same_image_heals_too(xfs, tmp_path, run, size):
+    block = noise(BLOCK, 9)
+    image = write_image(
+        tmp_path / "image", (0, noise(size, 1)), (0, block), (2 * MiB, block), size=size
+    )
+    job = xfs / "job"
+    assert run("-b", job, "init", "file", image).status == 0
+    assert run("-b", job, "backup", "x").status == 0
+    rot(job / "last", 77)
+    assert run("-b", job, "verify").status == 1
+    assert (job / "last").read_bytes() == image.read_bytes()
