@@ -1384,7 +1384,7 @@ def open_directory(path: str) -> int:
 
 def close(fd: int) -> None:
     """Close `fd`; an error here says nothing that an fsync has not said before."""
-    with suppress(OSError):
+    with suppress(OSError, MemoryError):
         os.close(fd)
 
 
@@ -1617,7 +1617,9 @@ class Reader:
         """With `from_medium` nothing is believed that only the page cache says."""
         self.fd, self.size = fd, size
         self.direct = from_medium and bypass_cache(fd)
-        self.drop = from_medium and not self.direct
+        self.drop = (
+            from_medium  # also with O_DIRECT, which btrfs does not keep to when it compresses
+        )
         self.bytes_read = 0
         self.lock = threading.Lock()
 
@@ -1634,7 +1636,7 @@ class Reader:
                 drop_cache(self.fd, offset + start, end - start)
             if read_at(self.fd, view[start:], offset + start, end - start) < end - start:
                 raise EOFError
-            if self.drop:
+            if self.drop and not self.direct:
                 drop_cache(self.fd, offset + start, end - start)
             with self.lock:
                 self.bytes_read += end - start
@@ -2037,8 +2039,10 @@ class Revision:
     size: int | None = None
     digest: str = ""
     damaged: tuple[tuple[int, int], ...] = ()
+    by_hand: bool = False  # distrusted by the operator, which only a whole verification lifts
     sums_damaged: bool = False  # its digests are not what `digest` says
     sample: Sample | None = None
+    heal_tried: int = 0  # the clock of the newest revision that had nothing for its damage
     image_state: str = ""  # of the inode when all of it was verified; see state_of_inode()
     source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
     stats: dict[str, Any] = field(default_factory=dict)
@@ -2078,8 +2082,8 @@ def epoch_microseconds(moment: datetime) -> int:
 
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
-    *("protected", "size", "digest", "damaged", "sums_damaged", "sample"),
-    *("image_state", "source_state"),
+    *("protected", "size", "digest", "damaged", "by_hand", "sums_damaged", "sample"),
+    *("heal_tried", "image_state", "source_state"),
 )
 
 
@@ -2207,8 +2211,10 @@ def decode_revision(data: bytes, name: str) -> Revision:
         size=values["size"] if isinstance(values.get("size"), int) else None,
         digest=decode_digest(values.get("digest")),
         damaged=decode_ranges(values.get("damaged")),
+        by_hand=values.get("by_hand") is True,
         sums_damaged=values.get("sums_damaged") is True,
         sample=decode_sample(values.get("sample")),
+        heal_tried=values["heal_tried"] if isinstance(values.get("heal_tried"), int) else 0,
         image_state=str(values.get("image_state") or ""),
         source_state=str(values.get("source_state") or ""),
         stats=stats,
@@ -2240,12 +2246,12 @@ def encode_revision(revision: Revision) -> bytes:
     }
     if revision.verified:
         values["verified"] = revision.verified
-    for key in ("protected", "sums_damaged"):
+    for key in ("protected", "by_hand", "sums_damaged"):
         if getattr(revision, key):
             values[key] = True
     if revision.sample:
         values["sample"] = {key: getattr(revision.sample, key) for key in ("of", "last", "seen")}
-    for key in ("image_state", "source_state"):
+    for key in ("heal_tried", "image_state", "source_state"):
         if getattr(revision, key):
             values[key] = getattr(revision, key)
     if revision.size is not None:
@@ -2473,14 +2479,19 @@ class Repository:
             close(fd)
 
     @contextmanager
-    def metadata_lock(self) -> Iterator[None]:
-        """Hold the directory, and see it as it is now."""
+    def metadata_lock(self, only: str = "") -> Iterator[None]:
+        """Hold the directory, and see it, or the `only` revision of interest, as it is now."""
         with explain(f"{self.name}: cannot lock the directory"):
             fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.dir_fd)
         try:
             with explain(f"{self.name}: cannot lock the directory"):
                 take_lock(fd, wait=True)
-            self.load()
+            if only:
+                self.revisions = [one for one in self.revisions if one.id != only]
+                self.load_one(only)
+                self.revisions.sort(key=lambda revision: (revision.clock, revision.id))
+            else:
+                self.load()
             yield
         finally:
             close(fd)
@@ -2528,10 +2539,11 @@ class Repository:
 
     def find_unfinished(self, state: str) -> Revision | None:
         """The newest interrupted revision that was made of a source in this very `state`."""
-        yesterday = datetime.now(UTC) - timedelta(days=1)
+        recently = datetime.now(UTC) - timedelta(hours=36)
         for revision in reversed(self.revisions):
-            same = state and revision.source_state == state and revision.timestamp > yesterday
-            if same and not revision.is_complete:
+            same = state and revision.source_state == state
+            young = revision.timestamp > recently or not state.startswith("device ")
+            if same and young and not revision.is_complete:
                 names = (revision.id, f"{revision.id}.sums", f"{revision.id}.part")
                 if all(file_type(self.dir_fd, name) == stat.S_IFREG for name in names):
                     return revision
@@ -2716,14 +2728,14 @@ class StillFile(Still):
         """What stays the same as long as nobody writes, and of a device while it is the same disk.
 
         Writes to a device count from boot, and are not seen when another host makes
-        them: an interrupted run is gone on with for a day only.
+        them: an interrupted run is gone on with for 36 hours.
         """
         status = self.status
         if not self.is_device:
             return f"{status.st_ino} {self.size} {status.st_mtime_ns} {status.st_ctime_ns}"
         with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             if len(self.writes) > 1 and self.writes[0]:
-                words = (status.st_rdev, self.size, *self.writes, file.read().strip())
+                words = ("device", status.st_rdev, self.size, *self.writes, file.read().strip())
                 return " ".join(map(str, words))
         return ""
 
@@ -3073,17 +3085,31 @@ class Donors:
         self.repository, self.stack, self.lock = repository, stack, threading.Lock()
         others = [one for one in repository.complete if one.id != revision.id and not one.problem]
         self.others = [*reversed(others), revision]  # it may have the same block elsewhere
+        self.newest = max((one.clock for one in others), default=0)
         self.images: dict[str, CheckedImage | None] = {}
+        self.held: list[tuple[str, ExitStack]] = []
 
     def open(self, revision: Revision) -> CheckedImage | None:
         """The image of a donor, opened once; None if it is of no use."""
         if revision.id not in self.images:
+            stack = ExitStack()
             try:
-                image = CheckedImage(self.repository, revision, self.stack)
+                image = CheckedImage(self.repository, revision, stack)
             except BackyError:
                 image = None
             self.images[revision.id] = image if image and image.sums else None
+            self.held.append((revision.id, self.stack.enter_context(stack)))
+            if len(self.held) > 200:  # descriptors are few
+                name, oldest = self.held.pop(0)
+                self.images.pop(name)
+                oldest.close()
         return self.images[revision.id]
+
+    def limit_to_newer(self, clock: int) -> bool:
+        """Leave out who was asked before, up to `clock`; whether anyone is left to ask."""
+        if clock:
+            self.others = [one for one in self.others if one.clock > clock]
+        return bool(self.others)
 
     def mend(self, digest: bytes, offset: int, view: memoryview) -> bool:
         """Fill `view` with the block of that digest; False if nobody has it."""
@@ -3172,8 +3198,9 @@ def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
             known = join_ranges([*revision.damaged, *image.damaged])
             if image.damaged and known != revision.damaged:
                 tell_damage(repository, revision, image.damage())
-                with repository.metadata_lock():
-                    repository.change(revision, trust=Trust.DISTRUSTED, damaged=known)
+                with repository.metadata_lock(revision.id):
+                    values = {"trust": Trust.DISTRUSTED, "damaged": known, "heal_tried": 0}
+                    repository.change(revision, **values)
 
 
 def copy_image(repository: Repository, image: CheckedImage, fd: int) -> bool:
@@ -3197,6 +3224,16 @@ def copy_image(repository: Repository, image: CheckedImage, fd: int) -> bool:
     if not known.issuperset(block_offsets(image.damage())):
         raise OSError(errno.EIO, "more of it is damaged than was known")
     return False
+
+
+def can_heal(image: CheckedImage, donors: Donors, offset: int) -> bool:
+    """Whether one block is sound after all, or somebody has a sound copy."""
+    length = min(BLOCK, image.size - offset)
+    digest = image.digests(offset, length)[0]
+    block = memoryview(mmap.mmap(-1, BLOCK))
+    image.reader.salvage(block, offset, length)
+    block = block[:length]
+    return block_digest(block) == digest or bool(digest and donors.mend(digest, offset, block))
 
 
 def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> bool:
@@ -3251,6 +3288,8 @@ def heal_clone(
 ) -> set[int]:
     """Build the new image and let it take the name of the old; the offsets of the blocks healed."""
     name, dir_fd = temporary_name(), repository.dir_fd
+    if not any(can_heal(image, donors, offset) for offset in offsets):
+        return set()
     fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     stack.callback(close, fd)
     try:
@@ -3275,7 +3314,7 @@ def heal_clone(
             os.unlink(name, dir_fd=dir_fd)
 
 
-def heal(repository: Repository, revision: Revision) -> bool:
+def heal(repository: Repository, revision: Revision, again: bool) -> bool:
     """Put sound copies in the place of the damaged blocks of a revision, as far as there are any.
 
     A new image is made, forced to the medium, read back and renamed; after a crash
@@ -3284,18 +3323,21 @@ def heal(repository: Repository, revision: Revision) -> bool:
     with ExitStack() as stack:
         image = CheckedImage(repository, revision, stack)
         donors = Donors(repository, revision, stack)
-        if image.sums is None:
-            return False
         offsets = block_offsets(revision.damaged)
+        asked = 0 if again else revision.heal_tried
+        if image.sums is None or not donors.limit_to_newer(asked):
+            return False
         with explain(f"{repository.name}: cannot heal {revision.id}"):
             healed = heal_clone(repository, image, donors, offsets, stack)
-    if not healed:
-        return False
     left = [(at, BLOCK) for at in offsets if at not in healed]
     damaged = join_ranges((at, min(BLOCK, image.size - at)) for at, _ in left)
-    with repository.metadata_lock():
-        trust = Trust.DISTRUSTED if damaged else Trust.TRUSTED
-        repository.change(revision, trust=trust, damaged=damaged)
+    with repository.metadata_lock(revision.id):
+        bad = damaged or repository.find(revision.id).by_hand
+        trust = Trust.DISTRUSTED if bad else Trust.TRUSTED
+        tried = donors.newest if damaged else 0
+        repository.change(revision, trust=trust, damaged=damaged, heal_tried=tried)
+    if not healed:
+        return False
     log.warning(
         "%s: %s is healed in %d of %d blocks",
         repository.name,
@@ -3430,22 +3472,30 @@ def repair_sums(repository: Repository, revision: Revision) -> None:
         if damaged:
             tell_damage(repository, revision, damaged)
             trust, damaged = Trust.DISTRUSTED, join_ranges([*revision.damaged, *damaged])
-        with repository.metadata_lock():
-            repository.change(revision, sums_damaged=False, trust=trust, damaged=damaged)
+        with repository.metadata_lock(revision.id):
+            values = {"sums_damaged": False, "trust": trust, "damaged": damaged}
+            repository.change(revision, **values, heal_tried=0)
     except BackyError as e:
         log.warning("%s", e)
 
 
-def repair(repository: Repository) -> None:
-    """Find who shares the damage that is known, and heal what can be; under the job's lock."""
+def repair(repository: Repository, found: Iterable[tuple[int, int]], again: bool = False) -> None:
+    """Look who shares the damage just found, and heal what can be; under the job's lock.
+
+    `again`: do so for all damage that is known, and ask who was asked in vain before.
+    """
+    offsets = set(block_offsets(found))
+    if again:
+        offsets.update(block_offsets(span for one in repository.complete for span in one.damaged))
     for revision in [one for one in repository.complete if one.sums_damaged and not one.problem]:
         repair_sums(repository, revision)
-    known = [one for one in repository.complete if one.damaged and not one.problem]
-    offsets = block_offsets(span for revision in known for span in revision.damaged)
-    find_shared_damage(repository, offsets)
+        now = [one for one in repository.complete if one.id == revision.id]
+        offsets.update(block_offsets(now[0].damaged if now else ()))
+    if offsets:
+        find_shared_damage(repository, sorted(offsets))
     for revision in [one for one in repository.complete if one.damaged and not one.problem]:
         try:
-            heal(repository, revision)
+            heal(repository, revision, again)
         except BackyError as e:
             log.warning("%s", e)
 
@@ -3509,9 +3559,7 @@ class Update:
         digests = [bytes(DIGEST)] * -(-length // BLOCK)
         if not self.fresh:
             digests = self.sums.read(offset, length)
-        new = list(digests)
-        if self.by_digest or self.rehash:
-            new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
+        new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
         if self.by_digest and new == digests:
             self.mark_trail(offset, new, 0)
             return
@@ -3521,10 +3569,8 @@ class Update:
             block for start, end, _ in runs for block in range(start // BLOCK, -(-end // BLOCK))
         }
         for block, start, end in blocks_of(length):
-            resized = offset // BLOCK + block in self.resized
-            if block in changed or resized:
-                new[block] = block_digest(buffers.new[start:end])
-            if block in changed and not (resized or self.fresh or self.rehash):
+            comparable = not (self.fresh or self.rehash or offset // BLOCK + block in self.resized)
+            if comparable and (block in changed or new[block] != digests[block]):
                 self.look_at_parent(buffers.old[start:end], offset + start, digests[block])
         with explain(f"cannot write image at offset {offset}"):
             written = self.writer.update(buffers.new, offset, runs)
@@ -3655,12 +3701,16 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
     """The newest good revision, else the newest that can be read at all; its files held open."""
     usable = [revision for revision in repository.complete if not revision.problem]
     good = [revision for revision in usable if revision.is_good]
-    if not usable:
+    for revision in [*reversed(good), *(one for one in reversed(usable) if one not in good)]:
+        try:
+            image_fd = repository.open_image(revision)
+            break
+        except BackyError as e:
+            log.warning("%s: no parent: %s", repository.name, e)
+    else:
         return None
-    revision = (good or usable)[-1]
-    image_fd = repository.open_image(revision)
     stack.callback(close, image_fd)
-    if not good:
+    if revision not in good:
         log.warning("%s: parent %s is distrusted, all is compared", repository.name, revision.id)
         return Base(revision, image_fd, None)
     try:
@@ -3682,6 +3732,7 @@ class Backup:
         self, repository: Repository, job: Job, tags: tuple[str, ...], resume: bool = True
     ) -> None:
         self.repository, self.job, self.tags, self.resume = repository, job, tags, resume
+        self.parent_damage: tuple[tuple[int, int], ...] = ()
         self.name = repository.name
 
     def run(self) -> Revision:
@@ -3775,7 +3826,8 @@ class Backup:
             try:
                 self.transfer(update)
             finally:
-                self.distrust_parent(base, join_ranges(update.parent_damage))
+                self.parent_damage = join_ranges(update.parent_damage)
+                self.distrust_parent(base, self.parent_damage)
             digest = self.settle(image_fd, sums_fd, sums)
             proven = self.prove(update, reader, digest)
             state = state_of_inode(image_fd)
@@ -3954,7 +4006,10 @@ class Backup:
         log.warning("%s: parent %s is now distrusted", self.name, name)
         try:
             with self.repository.metadata_lock():
-                self.repository.change(base.revision, trust=Trust.DISTRUSTED, damaged=damaged)
+                now = self.repository.find(name)
+                damaged = join_ranges([*now.damaged, *damaged])
+                values = {"trust": Trust.DISTRUSTED, "damaged": damaged, "heal_tried": 0}
+                self.repository.change(base.revision, **values)
         except BackyError as e:
             log.warning("%s (this is not recorded)", e)
 
@@ -3988,7 +4043,7 @@ class Backup:
                     self.repository.point_last()
                     self.repository.drop_trail(revision.id)
             if any(one.damaged or one.sums_damaged for one in self.repository.complete):
-                repair(self.repository)
+                repair(self.repository, self.parent_damage)
         except (BackyError, MemoryError) as e:
             log.warning("%s", e or "out of memory")
         with suppress(MemoryError):
@@ -4039,6 +4094,7 @@ class Verification:
         self, image: CheckedImage, before: Verification | None, scope: Scope, part: Sample
     ) -> None:
         self.image, self.before, self.scope, self.part = image, before, scope, part
+        self.bad_before = set(block_offsets(before.image.damaged)) if before else set()
         self.is_finished = True
 
     def pieces(self) -> Iterator[tuple[int, int]]:
@@ -4079,10 +4135,9 @@ class Verification:
             return False
         if not share_extents(image.fd, before.image.fd, offset, offset + length):
             return False
-        for at, size in list(before.image.damaged):
-            start, end = max(at, offset), min(at + size, offset + length)
-            if start < end:
-                image.damaged.append((start, end - start))
+        for _, start, end in blocks_of(length):
+            if offset + start in self.bad_before:
+                image.damaged.append((offset + start, end - start))
         return True
 
 
@@ -4175,6 +4230,7 @@ class Verifier:
             text = "sound"
             values = {"trust": Trust.VERIFIED, "verified": datetime.now(UTC), "damaged": ()}
             values["image_state"] = state_of_inode(image.fd) if is_whole else ""
+            values["by_hand"] = False
         if run.is_finished and part.of > 1:
             values["sample"] = part
         revision = self.mark(image.revision, **values) if values else image.revision
@@ -4187,7 +4243,7 @@ class Verifier:
         What others have found bad meanwhile is not made good by what we saw before.
         """
         try:
-            with self.repository.metadata_lock():
+            with self.repository.metadata_lock(revision.id):
                 now = self.repository.find(revision.id)
                 if values.get("trust") is not Trust.DISTRUSTED and (
                     (now.trust, now.damaged) != (revision.trust, revision.damaged)
@@ -4196,6 +4252,7 @@ class Verifier:
                     return now
                 if values.get("trust") is Trust.DISTRUSTED:
                     values["damaged"] = join_ranges([*values.get("damaged", ()), *now.damaged])
+                    values["heal_tried"] = 0
                 return self.repository.change(revision, **values)
         except BackyError as e:
             log.warning("%s (the result is not recorded)", e)
@@ -4208,7 +4265,7 @@ class Verifier:
             with repository.job_lock("verify"):
                 with repository.metadata_lock():
                     pass  # what there is now
-                repair(repository)
+                repair(repository, (), again=True)
         except BackyError as e:
             log.warning("%s: not healed now: %s", repository.name, e)
         now = {revision.id: revision for revision in repository.complete}
@@ -4242,7 +4299,11 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
 
         def compare(offset: int, length: int, buffers: Buffers) -> None:
             image.read(buffers.new, offset, length)
-            still.reader.read(buffers.old, offset, length)
+            try:
+                still.reader.read(buffers.old, offset, length)
+            except EOFError:
+                still.check()
+                raise OSError(errno.EIO, "the source ends before its end") from None
             for start, end, _ in differing_runs(buffers, length):
                 differing.append((offset + start, end - start))
 
@@ -4308,6 +4369,7 @@ class Dedup:
         self.dry_run = dry_run
         self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
         self.blocks = self.candidates = self.shared = 0
+        self.moved: set[int] = set()  # the images that lie on other extents now
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -4321,6 +4383,10 @@ class Dedup:
                 self.match(records, matches)
             for records in matches.sorted():
                 self.share(records)
+        for number in self.moved:  # nobody has verified those extents for it
+            repository, revision = self.images[number]
+            with suppress(BackyError), repository.metadata_lock(revision.id):
+                repository.change(revision, image_state="")
 
     def collect(self, digests: Buckets, buckets: int) -> None:
         """Note every block that an image does not have in common with the one before it."""
@@ -4357,7 +4423,7 @@ class Dedup:
                 first = digest, number, offset
                 continue
             self.candidates += BLOCK
-            region = number * 1_000_000 + offset // self.REGION
+            region = (number * 31 + offset // self.REGION) % 256  # few files; sorting does the rest
             matches.add(region, found_match.pack(number, offset, first[1], first[2]))
 
     def share(self, records: list[bytes]) -> None:
@@ -4389,6 +4455,8 @@ class Dedup:
         try:  # no bytes: only to know whether it could be done
             done = dedupe_range(origin.fd, place, 0 if self.dry_run else length, image.fd, offset)
             self.shared += length if self.dry_run else done
+            if done:
+                self.moved.add(number)
         except OSError as e:
             if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
                 raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
@@ -4611,7 +4679,8 @@ def confess(repository: Repository, image: CheckedImage) -> None:
     if damaged:
         known = join_ranges([*image.revision.damaged, *damaged])
         with suppress(BackyError), repository.metadata_lock():  # we may not be allowed to
-            repository.change(image.revision, trust=Trust.DISTRUSTED, damaged=known)
+            values = {"trust": Trust.DISTRUSTED, "damaged": known, "heal_tried": 0}
+            repository.change(image.revision, **values)
         for line in describe_ranges(damaged):
             log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
         raise Distrusted(
@@ -5277,7 +5346,7 @@ def distrust(args: argparse.Namespace) -> None:
         for revision in chosen:
             if not revision.is_complete:
                 raise BackyError(f"{repository.name}: {revision.id} is incomplete")
-            repository.change(revision, trust=Trust.DISTRUSTED, sample=None)
+            repository.change(revision, trust=Trust.DISTRUSTED, by_hand=True, sample=None)
             log.info("%s: %s is distrusted", repository.name, revision.id)
         if not chosen:
             raise NotFound(f"{repository.name}: no revision is meant")

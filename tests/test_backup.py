@@ -760,7 +760,7 @@ def test_a_backup_leaves_the_page_cache_as_it_was(cached_and_source, run, tmp_pa
         make_quietly(run, job)
         if not resident(control):
             pytest.skip("somebody has dropped the whole page cache meanwhile")
-        assert resident(cached) == 256 * MiB
+        assert resident(cached) > 250 * MiB  # of 256; others use this machine too
         assert sum(map(resident, [source, *map(job.joinpath, os.listdir(job))])) < 16 * MiB
 
 

@@ -148,3 +148,68 @@ def test_a_block_at_another_place_of_the_same_image_heals_too(xfs, tmp_path, run
     rot(job / "last", 77)
     assert run("-b", job, "verify").status == 1
     assert (job / "last").read_bytes() == image.read_bytes()
+
+
+def test_a_source_restored_from_rot_is_backed_up_as_it_is(xfs, tmp_path, run):
+    """`dd if=last of=SOURCE` of a rotten image: the new revision is what the source is now."""
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, two = two_revisions(job, image, run)
+    rot(job / two.id, MiB + 7)
+    image.write_bytes((job / "last").read_bytes())
+    assert run("-b", job, "backup", "x").status == 0
+    now = image.read_bytes()
+    newest = revisions(job)[-1]
+    assert run("-b", job, "verify", "-r", newest.id).status == 0
+    assert (job / newest.id).read_bytes() == now
+    assert (job / one.id).read_bytes() != now
+
+
+def test_healing_does_not_lift_what_the_operator_distrusts(xfs, tmp_path, run):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, two = two_revisions(job, image, run)
+    assert run("-b", job, "distrust", "-r", two.id).status == 0
+    rot(job / two.id, 7)
+    for _ in range(2):
+        run("-b", job, "verify", "-r", two.id, "--sample", "50%")
+    assert (job / two.id).read_bytes() == (job / one.id).read_bytes()
+    assert revisions(job)[-1].trust is backy.Trust.DISTRUSTED
+    assert run("-b", job, "verify", "-r", two.id).status == 0
+    assert revisions(job)[-1].trust is backy.Trust.VERIFIED
+
+
+def test_what_cannot_be_healed_is_not_tried_again_with_the_same_donors(xfs, tmp_path, run):
+    image = write_image(tmp_path / "image", (0, noise(MiB, 1)))
+    job = xfs / "job"
+    two_revisions(job, image, run)
+    for revision in revisions(job):
+        rot(job / revision.id, 7)
+    write_image(image, (0, noise(65536, 2)))
+    assert run("-b", job, "verify", "--all").status == 1
+    tried = revisions(job)[0].heal_tried
+    assert tried == revisions(job)[1].clock
+    assert run("-b", job, "backup", "x").status == 0
+    assert revisions(job)[0].heal_tried == revisions(job)[-1].clock
+    assert revisions(job)[0].damaged == ((0, BLOCK),)
+
+
+def test_an_image_that_cannot_be_opened_is_no_parent_and_no_obstacle(
+    xfs, tmp_path, run, monkeypatch
+):
+    image = write_image(tmp_path / "image", (0, noise(MiB, 1)))
+    job = xfs / "job"
+    one, two = two_revisions(job, image, run)
+    real = os.open
+
+    def refusing(path, flags, *rest, **more):
+        if path == two.id:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(backy.os, "open", refusing)
+    result = run("-b", job, "backup", "x")
+    monkeypatch.undo()
+    assert result.status == 0, result
+    assert "Permission denied" in result.err
+    assert revisions(job)[-1].parent == one.id
