@@ -1150,17 +1150,22 @@ FIEMAP_EXTENT_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 
+def share_by(request: int, target_fd: int, argument: int | bytes) -> None:
+    """One of the cloning calls; CloneUnsupported where extents cannot be shared, else OSError."""
+    try:
+        fcntl.ioctl(target_fd, request, argument)
+    except OSError as e:
+        if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
+            raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
+        raise
+
+
 def clone_file(origin_fd: int, target_fd: int) -> None:
     """Let the empty file `target_fd` share all extents of `origin_fd`.
 
     Raises CloneUnsupported where extents cannot be shared, OSError for all else.
     """
-    try:
-        fcntl.ioctl(target_fd, FICLONE, origin_fd)
-    except OSError as e:
-        if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
-            raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
-        raise
+    share_by(FICLONE, target_fd, origin_fd)
 
 
 def clone_range(
@@ -1170,13 +1175,9 @@ def clone_range(
 
     Raises CloneUnsupported where that cannot be had, OSError for all else.
     """
-    argument = file_clone_range.pack(origin_fd, offset, length, target_offset)
-    try:
-        fcntl.ioctl(target_fd, FICLONERANGE, argument)
-    except OSError as e:
-        if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
-            raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
-        raise
+    share_by(
+        FICLONERANGE, target_fd, file_clone_range.pack(origin_fd, offset, length, target_offset)
+    )
 
 
 def dedupe_range(origin_fd: int, offset: int, length: int, other_fd: int, other_offset: int) -> int:
@@ -4368,7 +4369,7 @@ class Dedup:
         ]
         self.dry_run = dry_run
         self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
-        self.blocks = self.candidates = self.shared = 0
+        self.blocks = self.shared = 0
         self.moved: set[int] = set()  # the images that lie on other extents now
 
     def run(self) -> None:
@@ -4422,7 +4423,6 @@ class Dedup:
             if first is None or digest != first[0]:
                 first = digest, number, offset
                 continue
-            self.candidates += BLOCK
             region = (number * 31 + offset // self.REGION) % 256  # few files; sorting does the rest
             matches.add(region, found_match.pack(number, offset, first[1], first[2]))
 

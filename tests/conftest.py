@@ -341,6 +341,16 @@ def meanwhile(monkeypatch):
     return at_read
 
 
+def rot(path, *offsets: int) -> None:
+    """Change a bit at each offset, as a disk may do."""
+    with open(path, "r+b") as file:
+        for offset in offsets:
+            file.seek(offset)
+            (byte,) = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte ^ 4]))
+
+
 def shared_bytes(path: Path) -> int:
     """How many bytes of the file lie in extents that another file has too (FIEMAP)."""
     lines = command("filefrag", "-v", "-b1", path).stdout.splitlines()

@@ -10,20 +10,11 @@ import shutil
 
 import faults
 import pytest
-from conftest import MiB, command, need, noise, revisions, write_image
+from conftest import MiB, command, need, noise, revisions, rot, write_image
 
 import backy
 
 BLOCK = backy.BLOCK
-
-
-def rot(path, *offsets: int) -> None:
-    with open(path, "r+b") as file:
-        for offset in offsets:
-            file.seek(offset)
-            (byte,) = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte ^ 4]))
 
 
 def two_revisions(job, image, run) -> list[backy.Revision]:

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from conftest import MiB, noise, revisions, write_image
+from conftest import MiB, noise, revisions, rot, write_image
 
 import backy
 
@@ -38,15 +38,6 @@ def verify(run, job, *words, status=0):
     result = run("-b", job, "verify", "--json", *words)
     assert result.status == status, result
     return {entry["id"]: entry for entry in json.loads(result.out)["revisions"]}
-
-
-def rot(path, *offsets: int) -> None:
-    with open(path, "r+b") as file:
-        for offset in offsets:
-            file.seek(offset)
-            (byte,) = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte ^ 4]))
 
 
 def test_all_reads_what_is_shared_once(history, run):
