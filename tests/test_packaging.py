@@ -502,6 +502,87 @@ def test_zipapp_imports_nothing_from_the_current_directory_or_pythonpath(
 # ==== The archive =============================================================
 
 
+# ==== The compiled form that the archive keeps ================================
+
+
+@pytest.fixture
+def kept(zipapp, surroundings):
+    """A function that runs the archive for a user, and the place of what it keeps."""
+    cache = Path(surroundings["SHIV_ROOT"]) / "cache"
+    cache.mkdir(mode=0o700)
+    python, options = PYTHON, {}
+    if IS_ROOT:  # whose place is fixed
+        python, options = "/usr/bin/python3", {"preexec_fn": become_stranger}
+        os.chown(cache, STRANGER, STRANGER)
+    surroundings = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(cache)}
+
+    def start():
+        return run(python, "-I", zipapp, "--version", env=surroundings, **options)
+
+    start.python = python
+    return start, cache / "backy"
+
+
+def seven(python: str) -> bytes:
+    """Another program in its compiled form."""
+    program = "import marshal; print(marshal.dumps(compile('main = lambda: 7', 'x', 'exec')).hex())"
+    return bytes.fromhex(run(python, "-c", program).stdout)
+
+
+def only_file(directory: Path) -> Path:
+    (path,) = directory.iterdir()
+    return path
+
+
+def test_the_compiled_form_is_kept_for_the_owner_alone(kept):
+    start, place = kept
+    assert_shows_version(start())
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert only_file(place).stat().st_mode & 0o777 == 0o600
+
+
+def test_the_compiled_form_is_what_runs_the_next_time(kept):
+    start, place = kept
+    start()
+    only_file(place).write_bytes(seven(start.python))
+    assert start().returncode == 7
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"\xe3", None])
+def test_a_damaged_compiled_form_is_made_anew(kept, damage):
+    start, place = kept
+    start()
+    path = only_file(place)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert_shows_version(start())
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_a_compiled_form_where_others_can_write_is_not_used(kept):
+    start, place = kept
+    start()
+    only_file(place).write_bytes(seven(start.python))
+    place.chmod(0o770)
+    assert_shows_version(start())
+    place.chmod(0o700)
+    target = place.rename(place.with_name("elsewhere"))
+    place.symlink_to(target)
+    assert_shows_version(start())
+
+
+def test_the_compiled_form_of_an_older_version_goes(kept):
+    start, place = kept
+    start()
+    now = only_file(place)
+    old = place / f"{'0' * 32}-{now.name.partition('-')[2]}"
+    other = place / f"{'0' * 32}-cpython-2070000"
+    now.rename(old)
+    other.touch()
+    assert_shows_version(start())
+    assert set(place.iterdir()) == {now, other}
+
+
 def test_archive_holds_plain_files_of_a_fixed_date(zipapp):
     with zipfile.ZipFile(str(zipapp)) as archive:
         assert archive.testzip() is None

@@ -11,6 +11,7 @@ the next) and dates, modes and order are fixed.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -21,8 +22,9 @@ from typing import Dict
 ROOT = Path(__file__).resolve().parent.parent
 
 # Only what every sh has built in: a rescue system may have little else in its
-# PATH.  Versions that backy is tested with come before newer ones.  Nothing
-# after "exit" is read by the shell, nothing before the archive by Python.
+# PATH.  Versions that backy is tested with come before newer ones.  A Python that
+# is found tells its own path, as a shim's start costs more than that of Python.
+# Nothing after "exit" is read by the shell, nothing before the archive by Python.
 PREAMBLE = r"""#!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-or-later
 # backy @VERSION@: a zip archive; these lines only find a Python to run it with.
@@ -31,16 +33,20 @@ found=
 for p in python3 python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 \
     python3.14 python3.15 python3.16 python3.17 /usr/libexec/platform-python; do
     command -v "$p" >/dev/null 2>&1 || continue
-    "$p" -ISc 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null &&
-        exec "$p" -I "$0" "$@"
+    e=$("$p" -ISc 'import sys
+sys.version_info < (3, 8) and sys.exit(1)
+sys.stdout.write(sys.executable)' 2>/dev/null) && exec "${e:-$p}" -I "$0" "$@"
     v=$("$p" -V 2>&1) && found="$found${found:+, }${v#Python }"
 done
 echo "backy: UNKNOWN - needs Python 3.8 or newer, found ${found:+only }${found:-none}" >&2
 exit 3
 """
 
-# Python 2.7 must be able to read this.
+# Python 2.7 must be able to read this.  The compiled form takes half of the time to
+# start, and an archive has no __pycache__; so it is kept where only we can write.
 MAIN = r"""# SPDX-License-Identifier: GPL-3.0-or-later
+import os
+import stat
 import sys
 
 if sys.version_info < (3, 8):
@@ -50,9 +56,64 @@ if sys.version_info < (3, 8):
     )
     sys.exit(3)
 
-from backy import main
+import marshal
 
-sys.exit(main())
+NAME = "@DIGEST@-%s-%x" % (sys.implementation.name, sys.hexversion)
+
+
+def cache_directory():
+    "Where root, or the user, keeps what can be made again; None where others could write."
+    home = os.environ.get("HOME", "")
+    path = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    if os.geteuid() == 0:
+        path = "/var/cache"
+    if not os.path.isabs(path):
+        return None
+    path = os.path.join(path, "backy")
+    try:
+        os.path.isdir(path) or os.makedirs(path, 0o700)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return path if ours and not status.st_mode & 0o022 else None
+
+
+def keep(directory, code):
+    "Leave the compiled program for the next start, in place of those of older versions."
+    path = os.path.join(directory, NAME)
+    unfinished = "%s.%d" % (path, os.getpid())
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(marshal.dumps(code))
+        os.rename(unfinished, path)
+        for name in os.listdir(directory):
+            if name != NAME and name.split(".")[0].split("-")[1:] == NAME.split("-")[1:]:
+                os.unlink(os.path.join(directory, name))
+    except OSError:
+        pass
+
+
+def load():
+    "The compiled program: from the cache, else from the archive."
+    directory = cache_directory()
+    if directory:
+        try:
+            with open(os.path.join(directory, NAME), "rb") as file:
+                return marshal.loads(file.read())
+        except (OSError, EOFError, ValueError, TypeError):
+            pass
+    code = __loader__.get_code("backy")
+    if directory:
+        keep(directory, code)
+    return code
+
+
+backy = sys.modules["backy"] = type(sys)("backy")
+backy.__file__ = os.path.join(__loader__.archive, "backy.py")
+backy.__loader__ = __loader__
+exec(load(), backy.__dict__)
+sys.exit(backy.main())
 """
 
 METADATA = """\
@@ -76,6 +137,7 @@ def find_value(name: str, file: str) -> str:
 
 def fill_in(template: str) -> bytes:
     values = {
+        "DIGEST": hashlib.sha256((ROOT / "backy.py").read_bytes()).hexdigest()[:32],
         "VERSION": find_value("__version__", "backy.py"),
         "SUMMARY": find_value("description", "pyproject.toml"),
     }
@@ -127,7 +189,7 @@ def main() -> None:
     if args.stage:
         write_stage(args.stage)
     else:
-        write_archive(args.file, {"__main__.py": MAIN.encode(), **installed_files()})
+        write_archive(args.file, {"__main__.py": fill_in(MAIN), **installed_files()})
 
 
 if __name__ == "__main__":
