@@ -192,13 +192,13 @@ def test_runs_are_the_pages_that_differ(buffers, length, changed, runs):
         new[offset] ^= 1
     new[length:] = noise(UNIT - length, 2)  # what lies behind does not count
     fill(buffers, new, old)
-    assert backy.differing_runs(buffers, length) == runs
+    assert backy.differing_runs(buffers, [(0, length)]) == runs
 
 
 def test_zero_pages_are_runs_of_their_own(buffers):
     old = noise(UNIT, 1)
     fill(buffers, bytes(2 * PAGE) + noise(PAGE, 2) + bytes(PAGE) + old[4 * PAGE :], old)
-    assert backy.differing_runs(buffers, UNIT) == [
+    assert backy.differing_runs(buffers, [(0, UNIT)]) == [
         (0, 2 * PAGE, True),
         (2 * PAGE, 3 * PAGE, False),
         (3 * PAGE, 4 * PAGE, True),
@@ -207,12 +207,12 @@ def test_zero_pages_are_runs_of_their_own(buffers):
 
 def test_on_an_empty_image_only_what_is_not_zero_differs(buffers):
     fill(buffers, bytes(PAGE) + b"x" + bytes(UNIT - PAGE - 1), b"\xff" * UNIT)
-    assert backy.differing_runs(buffers, UNIT, fresh=True) == [(PAGE, 2 * PAGE, False)]
+    assert backy.differing_runs(buffers, [(0, UNIT)], fresh=True) == [(PAGE, 2 * PAGE, False)]
 
 
 def test_a_page_that_could_not_be_read_differs_and_is_never_a_hole(buffers):
     fill(buffers, bytes(UNIT), bytes(UNIT))
-    assert backy.differing_runs(buffers, UNIT, lost=[PAGE]) == [(PAGE, 2 * PAGE, False)]
+    assert backy.differing_runs(buffers, [(0, UNIT)], lost=[PAGE]) == [(PAGE, 2 * PAGE, False)]
 
 
 # -- writing ----------------------------------------------------------------------
