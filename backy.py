@@ -2067,6 +2067,7 @@ class Revision:
     by_hand: bool = False  # distrusted by the operator, which only a whole verification lifts
     sums_damaged: bool = False  # its digests are not what `digest` says
     sample: Sample | None = None
+    seen_to: int = 0  # how far verifications that ran out of time have found it sound
     heal_tried: int = 0  # the clock of the newest revision that had nothing for its damage
     image_state: str = ""  # of the inode when all of it was verified; see state_of_inode()
     source_state: str = ""  # what an interrupted run read; the next may go on if it is the same
@@ -2108,7 +2109,7 @@ def epoch_microseconds(moment: datetime) -> int:
 REVISION_KEYS = (
     *("uuid", "timestamp", "clock", "parent", "stats", "tags", "trust", "verified"),
     *("protected", "size", "digest", "damaged", "by_hand", "sums_damaged", "sample"),
-    *("heal_tried", "image_state", "source_state"),
+    *("seen_to", "heal_tried", "image_state", "source_state"),
 )
 
 
@@ -2239,6 +2240,7 @@ def decode_revision(data: bytes, name: str) -> Revision:
         by_hand=values.get("by_hand") is True,
         sums_damaged=values.get("sums_damaged") is True,
         sample=decode_sample(values.get("sample")),
+        seen_to=values["seen_to"] if isinstance(values.get("seen_to"), int) else 0,
         heal_tried=values["heal_tried"] if isinstance(values.get("heal_tried"), int) else 0,
         image_state=str(values.get("image_state") or ""),
         source_state=str(values.get("source_state") or ""),
@@ -2276,7 +2278,7 @@ def encode_revision(revision: Revision) -> bytes:
             values[key] = True
     if revision.sample:
         values["sample"] = {key: getattr(revision.sample, key) for key in ("of", "last", "seen")}
-    for key in ("heal_tried", "image_state", "source_state"):
+    for key in ("seen_to", "heal_tried", "image_state", "source_state"):
         if getattr(revision, key):
             values[key] = getattr(revision, key)
     if revision.size is not None:
@@ -2589,6 +2591,8 @@ class Repository:
         current = next((one for one in self.revisions if one.id == revision.id), None)
         if current is None:
             raise NotFound(f"{self.name}: {revision.id} is gone")
+        if values.get("trust") is Trust.DISTRUSTED:
+            values["seen_to"] = 0
         changed = replace(current, **values)
         self.write_revision(changed)
         return changed
@@ -4122,14 +4126,20 @@ class Verification:
     ) -> None:
         self.image, self.before, self.scope, self.part = image, before, scope, part
         self.bad_before = set(block_offsets(before.image.damaged)) if before else set()
+        goes_on = part.of == 1 and scope.deadline != math.inf
+        seen_to = image.revision.seen_to
+        self.start = self.reached = seen_to if goes_on and 0 < seen_to < image.size else 0
         self.is_finished = True
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """What must be read: what is wanted, without what `before` has shown to be sound."""
         for offset, length in self.image.pieces():
+            if offset < self.start:
+                continue
             if time.monotonic() > self.scope.deadline:
                 self.is_finished = False
                 return
+            self.reached = offset + length
             if self.is_known(offset, length):
                 continue
             start = end = offset
@@ -4247,8 +4257,11 @@ class Verifier:
             text = "damaged"
             values = {"trust": Trust.DISTRUSTED, "damaged": join_ranges([*image.damaged, *known])}
             part = replace(part, seen=0)
-        elif not run.is_finished:
+        elif not run.is_finished and part.of > 1:
             text = "partly verified, time is up"
+        elif not run.is_finished:
+            text = f"sound up to {format_size(run.reached)}, time is up"
+            values = {"seen_to": run.reached}
         elif part.seen < part.of:
             text = f"sound in part {part.last + 1} of {part.of}, {part.seen} of them seen"
         elif known or (part.of > 1 and image.revision.trust is Trust.DISTRUSTED):
@@ -4256,8 +4269,8 @@ class Verifier:
         else:
             text = "sound"
             values = {"trust": Trust.VERIFIED, "verified": datetime.now(UTC), "damaged": ()}
-            values["image_state"] = state_of_inode(image.fd) if is_whole else ""
-            values["by_hand"] = False
+            values["image_state"] = state_of_inode(image.fd) if is_whole and not run.start else ""
+            values["by_hand"], values["seen_to"] = False, 0
         if run.is_finished and part.of > 1:
             values["sample"] = part
         revision = self.mark(image.revision, **values) if values else image.revision

@@ -137,6 +137,62 @@ def test_a_sample_does_not_forget_what_was_damaged(history, run, monkeypatch):
     assert known.damaged == ((where - where % backy.BLOCK, backy.BLOCK),)
 
 
+class Countdown:
+    """A deadline that comes after so many looks at the clock."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def __lt__(self, now: float) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def verify_a_while(job, looks: int) -> str:
+    with backy.Repository.open(str(job)) as repository:
+        verifier = backy.Verifier(repository, backy.Scope(deadline=Countdown(looks)))
+        verifier.run(repository.complete[-1:])
+    return verifier.results[0].text
+
+
+def test_what_runs_out_of_time_goes_on_where_it_was(history, monkeypatch):
+    job, _ = history
+    with backy.Repository.open(str(job)) as repository:
+        repository.change(repository.complete[-1], trust=backy.Trust.TRUSTED, verified=None)
+    seen = seen_blocks(monkeypatch)
+    texts = []
+    while not texts or texts[-1] != "sound":
+        assert revisions(job)[-1].trust is backy.Trust.TRUSTED
+        texts.append(verify_a_while(job, 3))  # one look before it begins
+        assert len(texts) < 20
+    assert len(texts) > 2
+    assert all("time is up" in text for text in texts[:-1])
+    blocks = [block for _, block in seen]
+    assert len(blocks) == len(set(blocks)) == BLOCKS
+    done = revisions(job)[-1]
+    assert done.trust is backy.Trust.VERIFIED
+    assert (done.seen_to, done.image_state) == (0, "")  # nobody watched the image meanwhile
+
+
+def test_damage_makes_a_verification_begin_anew(history, monkeypatch):
+    job, _ = history
+    verify_a_while(job, 3)
+    assert revisions(job)[-1].seen_to > 0
+    with backy.Repository.open(str(job)) as repository:
+        repository.change(repository.complete[-1], trust=backy.Trust.DISTRUSTED)
+    assert revisions(job)[-1].seen_to == 0
+
+
+@pytest.mark.parametrize("seen_to", [-1, SIZE, 10**30])
+def test_a_place_that_is_not_in_the_image_hides_nothing(history, seen_to):
+    job, _ = history
+    newest = revisions(job)[-1]
+    rot(job / newest.id, MiB)
+    with backy.Repository.open(str(job)) as repository:
+        repository.change(newest, seen_to=seen_to)
+    assert "damaged" in verify_a_while(job, 1000)
+
+
 def test_oldest_begins_with_what_was_verified_longest_ago(history, run):
     job, _ = history
     one, two, three = (revision.id for revision in revisions(job))
