@@ -2526,11 +2526,12 @@ class Repository:
     def open_image(self, revision: Revision) -> int:
         """A descriptor for reading the image, which cannot be removed while it is open."""
         try:
-            fd = open_regular(self.dir_fd, revision.id)
-            take_lock(fd, exclusive=False, wait=True)
-            if os.fstat(fd).st_nlink:
-                return fd
-            close(fd)
+            for _ in range(3):  # a repair may just be putting a new file in its place
+                fd = open_regular(self.dir_fd, revision.id)
+                take_lock(fd, exclusive=False, wait=True)
+                if os.fstat(fd).st_nlink:
+                    return fd
+                close(fd)
             raise FileNotFoundError(errno.ENOENT, "it has just been removed")
         except OSError as e:
             raise BackyError(f"{self.name}: cannot open image {revision.id}: {e.strerror}") from e
@@ -4187,6 +4188,7 @@ class Result:
     bytes_read: int = 0
     damaged: tuple[tuple[int, int], ...] = ()
     is_damaged: bool = False
+    is_unknown: bool = False  # there is nothing to hold it against
 
 
 class Verifier:
@@ -4233,7 +4235,9 @@ class Verifier:
         image = CheckedImage(repository, revision, stack)
         if image.sums is None:
             text = f"cannot be verified: {image.unchecked}"
-            self.results.append(Result(revision, text, is_damaged=bool(revision.digest)))
+            damaged = bool(revision.digest)
+            result = Result(revision, text, is_damaged=damaged, is_unknown=not damaged)
+            self.results.append(result)
             if revision.digest:
                 self.mark(revision, trust=unverified(revision), sums_damaged=True)
             return None
@@ -4336,16 +4340,24 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
             sizes = f"the source has {still.size} bytes, {revision.id} has {image.size}"
             raise Distrusted(f"{repository.name}: {sizes}")
         differing: list[tuple[int, int]] = []
+        count, lock = 0, threading.Lock()
 
         def compare(offset: int, length: int, buffers: Buffers) -> None:
+            nonlocal count
             image.read(buffers.new, offset, length)
             try:
                 still.reader.read(buffers.old, offset, length)
             except EOFError:
                 still.check()
                 raise OSError(errno.EIO, "the source ends before its end") from None
-            for start, end, _ in differing_runs(buffers, [(0, length)]):
-                differing.append((offset + start, end - start))
+            runs = differing_runs(buffers, [(0, length)])
+            with lock:
+                count += sum(end - start for start, end, _ in runs)
+                differing.extend((offset + start, end - start) for start, end, _ in runs)
+                if len(differing) > 10 * MOST_RANGES:  # the first stay exact, and are printed
+                    known = join_ranges(differing)
+                    first, rest = known[:MOST_RANGES], known[MOST_RANGES:]
+                    differing[:] = [*first, *widen_ranges(rest, MOST_RANGES)]
 
         with explain(f"{repository.name}: cannot compare with the source"):
             pieces = image.pieces(still.reader.extents())
@@ -4356,7 +4368,7 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
         if image.damage():
             hint = "backy verify names and marks what is damaged"
             raise Distrusted(f"{repository.name}: {revision.id} is damaged", hint)
-        return sum(length for _, length in join_ranges(differing))
+        return count
 
 
 # ==== Dedup ==================================================================
@@ -5333,7 +5345,7 @@ def verify(args: argparse.Namespace) -> None:
             f"{repository.name}: damage was found{'' if left else ', and all of it is healed'}",
             hint if left else "look at the disk: dmesg, smartctl",
         )
-    if len(verifier.results) == 1 and "cannot" in verifier.results[0].text:
+    if len(verifier.results) == 1 and verifier.results[0].is_unknown:
         result = verifier.results[0]
         raise Distrusted(f"{repository.name}: {result.revision.id} {result.text}")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import socket
 import stat
 import threading
@@ -447,11 +448,30 @@ def test_an_image_that_is_removed_while_it_is_opened_is_one_line(job, run, monke
         real(fd, how)
         if how == backy.fcntl.LOCK_SH:
             (job / "done").unlink()
+            (job / "done").write_bytes(b"again")
 
     monkeypatch.setattr(backy.fcntl, "flock", flock)
     result = run("-b", job, "restore", "-")
     assert result.status == 1
     assert "job: cannot open image done: it has just been removed" in result.err
+
+
+def test_an_image_that_is_replaced_while_it_is_opened_is_opened_again(job, run, monkeypatch):
+    """As a repair does it."""
+    assert run("-b", job, "backup", "daily").status == 0
+    (one,) = revisions(job)
+    real, replaced = backy.fcntl.flock, []
+
+    def flock(fd, how):
+        real(fd, how)
+        if how == backy.fcntl.LOCK_SH and not replaced:
+            replaced.append(one.id)
+            shutil.copy(job / one.id, job / "new")
+            (job / "new").rename(job / one.id)
+
+    monkeypatch.setattr(backy.fcntl, "flock", flock)
+    assert run("-b", job, "verify").status == 0
+    assert replaced
 
 
 def test_metadata_that_is_gone_is_not_written_again(job, run, monkeypatch):

@@ -243,6 +243,23 @@ def test_source_compares_byte_by_byte(history, run, tmp_path):
     assert f"the source has {SIZE + 1} bytes" in result.err
 
 
+def test_source_counts_all_differences_though_it_keeps_few(history, run, tmp_path, monkeypatch):
+    job, _ = history
+    monkeypatch.setattr(backy, "MOST_RANGES", 5)
+    with open(tmp_path / "image", "r+b") as image:
+        for page in range(0, 1000, 2):
+            image.seek(page * 4096)
+            image.write(b"something else")
+    result = run("-b", job, "verify", "--source")
+    assert result.status == 1
+    assert f"differs from its source in {500 * 4096} bytes" in result.err
+    lines = [line for line in result.out.splitlines() if "differs from the source" in line]
+    assert [line.split(": ")[2] for line in lines[:3]] == [
+        f"bytes {page * 4096} to {page * 4096 + 4095} (4096)" for page in (0, 2, 4)
+    ]
+    assert len(lines) <= 50
+
+
 def test_source_tells_damage_from_change(history, run):
     job, _ = history
     rot(job / revisions(job)[-1].id, 100)
