@@ -12,6 +12,8 @@ A chapter uses only what stands above it.  Chapters:
     Log            one logger; forms for the terminal and for a file
     Units          bytes, durations, times and tables, to text and back
     YAML           our subset: text to values, values to text
+    Options        tables of keys, and mappings read by them
+    Schedule       when a job is next due, and when it is late
     Kernel         clone, punch, find data, pass by the page cache
     Files          replace durably, lock, sync
     Images         read, compare, write and hash images, by several threads
@@ -26,7 +28,15 @@ A chapter uses only what stands above it.  Chapters:
     Verify         which blocks are looked at, and what that says
     Dedup          equal blocks, made to share one extent
     Restore        a revision back to a file, a device or a pipe
+    Expire         why each revision is kept, and the removal of the others
     Selftest       the main job, shown in a temporary directory
+    Configuration  backy.conf: every key with type, default and meaning
+    Plan           the coming runs, and what retention makes of them
+    Loop           waiting for files, moments and signals at once
+    Timetable      what is started when, and what waits for what
+    Shell          telnet sessions that look at the jobs
+    Scheduler      children, disks, signals and systemd: the daemon
+    Check          the status file, read for monitoring
     Command line   the commands, then main()
 """
 
@@ -36,6 +46,7 @@ import argparse
 import errno
 import fcntl
 import hashlib
+import heapq
 import itertools
 import logging
 import math
@@ -53,7 +64,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from enum import Enum
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Tuple
+from typing import Any, Callable, ClassVar, Iterable, Iterator, NamedTuple, NoReturn, Tuple
 from typing import Sequence as ListLike
 
 __version__ = "0.1.0"
@@ -155,6 +166,24 @@ class FileForm(logging.Formatter):
         super().__init__("%(asctime)s [%(process)d] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
+class JournalForm(logging.Formatter):
+    """A priority before each line, and no time: the journal has its own; see sd-daemon(3)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        levels = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}
+        text = super().format(record)
+        return "\n".join(f"<{levels.get(record.levelno, 3)}>{line}" for line in text.splitlines())
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written to `fd` goes to the journal, as systemd has told us."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> bool:
     """Log to `path` (errors also to standard error) and return True, or to standard error.
 
@@ -166,7 +195,7 @@ def start_log(path: str | None, verbose: bool, quiet_stderr: bool = False) -> bo
     log.propagate = False
     log.handlers.clear()
     terminal: logging.Handler = logging.NullHandler() if quiet_stderr else logging.StreamHandler()
-    terminal.setFormatter(TerminalForm())
+    terminal.setFormatter(JournalForm() if is_journal(2) else TerminalForm())
     log.addHandler(terminal)
     if path is None:
         return False
@@ -241,7 +270,10 @@ def parse_duration(text: str) -> timedelta:
     if not match:
         raise ValueError(f"{text!r} is no duration: a number and one of s, m, h, d, w")
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2] or "s"]
-    return timedelta(seconds=int(match[1]) * unit)
+    try:
+        return timedelta(seconds=int(match[1]) * unit)
+    except OverflowError:
+        raise ValueError(f"{text!r} is no duration: more than {timedelta.max.days} days") from None
 
 
 TIME = re.compile(
@@ -283,22 +315,28 @@ def parse_time(text: str) -> datetime | None:
     return period and period[1]
 
 
+def table_rule(widths: ListLike[int]) -> str:
+    return "+" + "+".join("-" * (width + 2) for width in widths) + "+\n"
+
+
+def table_line(cells: ListLike[str], widths: ListLike[int], is_right: ListLike[bool]) -> str:
+    padded = [
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(cells, widths, is_right)
+    ]
+    return f"| {' | '.join(padded)} |\n"
+
+
 def format_table(
     columns: ListLike[str], rows: Iterable[ListLike[str]], right: ListLike[str] = ()
 ) -> str:
     """An ASCII grid; the columns named in `right` are set flush right."""
     rows = [list(row) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
-    rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+\n"
-
-    def line(cells: ListLike[str]) -> str:
-        padded = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, cell, width in zip(columns, cells, widths)
-        ]
-        return f"| {' | '.join(padded)} |\n"
-
-    return rule + line(columns) + rule + "".join(map(line, rows)) + rule
+    is_right = [column in right for column in columns]
+    rule = table_rule(widths)
+    lines = [table_line(row, widths, is_right) for row in rows]
+    return rule + table_line(columns, widths, is_right) + rule + "".join(lines) + rule
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -1110,6 +1148,534 @@ def format_yaml(value: object, flow: bool = False) -> str:
     return "".join(line + "\n" for line in lines)
 
 
+# ==== Options ================================================================
+#
+# Tables of the keys that a mapping may have, and the reading of a mapping by its
+# table.  One table serves the parser, `config show`, the example and the manual.
+# What is wrong is gathered with its place, so that one run names all of it.
+
+NULLS = ("", "~", "null")  # a plain value that says nothing
+LONGEST_EXCERPT = 120  # characters of a line that are shown
+# What stands behind a key that names a secret, as far as it is on the same line.
+SECRET = re.compile("token|secret|passw|credential", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    rf"((?:{SECRET.pattern})[\w-]*['\"]?\s*:\s*)(\"(?:[^\"\\]|\\.)*\"?|'(?:[^']|'')*'?|[^\s,}}]+)",
+    re.IGNORECASE,
+)
+HIDDEN = "(secret)"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the text of a value is read, and how a value is shown.
+
+    `expected` goes on after the name of the key: "is a number of extents".  `parse`
+    raises ValueError for anything else.  A value of a kind with `is_list` is a list
+    of texts, or one text with commas, and `parse` gets the texts; one with
+    `is_section` is a mapping with a table of its own.
+    """
+
+    expected: str
+    parse: Callable[[Any], Any] = str
+    format: Callable[[Any], str] = str
+    is_list: bool = False
+    is_section: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key: how its value is read, what holds without it, and what it is for.
+
+    `default` is written as in a file; empty is none, and None that the key must be
+    given.
+    """
+
+    name: str
+    kind: Kind
+    default: str | None = ""
+    meaning: str = ""
+
+    @property
+    def is_secret(self) -> bool:
+        return bool(SECRET.search(self.name))
+
+
+def parse_whole(text: str) -> int:
+    """A number of digits alone; one that starts with 0 would be octal to some."""
+    if not re.fullmatch("0|[1-9][0-9]{0,11}", text, re.ASCII):
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def number(least: int, most: int, expected: str = "") -> Kind:
+    def parse(text: str) -> int:
+        if not least <= parse_whole(text) <= most:
+            raise ValueError(f"{text} is out of range")
+        return int(text)
+
+    return Kind(expected or f"is a number from {least} to {most}", parse)
+
+
+def choice(*words: str) -> Kind:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {words}")
+        return text
+
+    return Kind(f"is {' or '.join(words)}", parse)
+
+
+def parse_boolean(text: str) -> bool:
+    if text not in PLAIN_TRUE | PLAIN_FALSE:
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return text in PLAIN_TRUE
+
+
+def format_boolean(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+LONGEST_TIME = timedelta(days=10_000)  # 100,000 of them are still a timedelta
+
+
+def parse_time_span(text: str) -> timedelta:
+    if text.isdigit():
+        parse_whole(text)
+    span = parse_duration(text)
+    if not timedelta(0) < span <= LONGEST_TIME:
+        raise ValueError(f"{text!r} is out of range")
+    return span
+
+
+def format_time_span(span: timedelta) -> str:
+    """`1d`, `90m`: what parse_duration() reads, in the largest unit that has no rest."""
+    seconds = int(span.total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds and not seconds % length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+@dataclass(frozen=True)
+class Space:
+    """A part of a file system: a share of it, or so many bytes."""
+
+    share: float = 0.0  # of 1
+    size: int = 0
+
+    def of(self, total: int) -> int:
+        """In bytes, of a file system of `total` bytes."""
+        return self.size or int(total * self.share)
+
+    def __str__(self) -> str:
+        for unit, size in (("T", 1 << 40), ("G", GiB), ("M", MiB), ("K", KiB)):
+            if self.size and not self.size % size:
+                return f"{self.size // size}{unit}"
+        return str(self.size) if self.size or not self.share else f"{self.share * 100:.12g}%"
+
+
+def parse_space(text: str) -> Space:
+    """`10%`, `50G`, `1024`; 0 is nothing.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,15})(?:(\.[0-9]{1,6})?(%)|([KMGT]?)(?:iB)?)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"{text!r} is no space: a share such as 10%, or a size such as 50G")
+    whole, part, percent, unit = match.groups()
+    if not percent:
+        return Space(size=int(whole) << 10 * " KMGT".index(unit or " "))
+    if float(whole + (part or "")) > 100:
+        raise ValueError(f"{text!r} is more than all")
+    return Space(share=float(whole + (part or "")) / 100)
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parse_path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("no file is called so")
+    return text
+
+
+TEXT = Kind("is text")
+PATH = Kind("is a path", parse_path)
+BOOLEAN = Kind("is yes or no", parse_boolean, format_boolean)
+TIME_SPAN = Kind(
+    "is a number with s, m, h, d or w, from 1s to 10000d", parse_time_span, format_time_span
+)
+SPACE = Kind("is a share such as 10% or a size such as 50G", parse_space)
+LIST = Kind("is a list, or text with commas", tuple, ", ".join, is_list=True)
+SECTION = Kind("is a mapping", is_section=True)
+
+
+def shown_width(text: str) -> int:
+    """Columns that a terminal takes for `text`."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
+
+
+def hide_secrets(line: str) -> str:
+    return SECRET_VALUE.sub(lambda match: match[1] + "*" * len(match[2]), line)
+
+
+def excerpt(line: str, column: int, width: int) -> list[str]:
+    """The line, or the part of it around `column`, and the marks below."""
+    start = max(0, column - 1 - LONGEST_EXCERPT // 2) if len(line) > LONGEST_EXCERPT else 0
+    line = line[start : start + LONGEST_EXCERPT]
+    before, marked = line[: column - 1 - start], line[column - 1 - start :][:width]
+    return [line, " " * shown_width(before) + "^" * max(1, shown_width(marked))]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What is wrong at a place of a file, the line there, and what helps; `line` 0 is all of it."""
+
+    text: str
+    path: str
+    line: int = 0
+    column: int = 0
+    excerpt: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    is_error: bool = True
+
+    @property
+    def first_line(self) -> str:
+        place = f"{self.path}:{self.line}:{self.column}" if self.line else self.path
+        text = self.text if len(self.text) < 400 else f"{self.text[:400]} ..."
+        return printable(f"{place}: {'' if self.is_error else 'warning: '}{text}")
+
+    def __str__(self) -> str:
+        hints = (f"    {printable(hint[:1000])}" for hint in self.hints)
+        return "\n".join((self.first_line, *self.excerpt, *hints))
+
+
+@dataclass(frozen=True)
+class Value:
+    """What holds for a key, and where that was said; `line` 0 is the default."""
+
+    value: Any
+    node: Node | None = None
+    path: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.node.line}" if self.node else "default"
+
+
+def is_null(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.plain and node.text in NULLS
+
+
+def describe_node(node: Node, is_secret: bool = False) -> str:
+    if isinstance(node, Scalar):
+        return HIDDEN if is_secret else repr(printable(node.text[:60]))
+    return "a mapping" if isinstance(node, Mapping) else "a list"
+
+
+def texts_in(node: Node, kind: Kind) -> str | tuple[str, ...] | None:
+    """What a value of this kind is parsed from; None if the node is no such value."""
+    if isinstance(node, Scalar):
+        return parse_words(node.text) if kind.is_list else node.text
+    if not kind.is_list or not isinstance(node, Sequence):
+        return None
+    texts = [one.text for one in node.items if isinstance(one, Scalar)]
+    return tuple(texts) if len(texts) == len(node.items) else None
+
+
+def is_entry(node: Node, kind: Kind) -> bool:
+    """Whether `node` may stand in a list of this kind."""
+    try:
+        return isinstance(node, Scalar) and kind.parse((node.text,)) is not None
+    except ValueError:
+        return False
+
+
+def hints_for(node: Node) -> list[str]:
+    if isinstance(node, Scalar) and node.plain and node.text.endswith(","):
+        return ["the comma is part of the value here"]
+    return []
+
+
+def scalars_of(root: Node) -> Iterator[Scalar]:
+    """All values that are texts; what aliases stand for comes once."""
+    nodes, seen = [root], {id(root)}
+    while nodes:
+        node = nodes.pop()
+        inside: list[Node] = []
+        if isinstance(node, Scalar):
+            yield node
+        elif isinstance(node, Mapping):
+            inside = [value for _, value in node.entries.values()]
+        elif isinstance(node, Sequence):
+            inside = node.items
+        nodes += [one for one in inside if id(one) not in seen]
+        seen.update(map(id, inside))
+
+
+def default_of(option: Option) -> Value | None:
+    """The value without the key; None if there is none."""
+    if not option.default:
+        return None
+    texts = parse_words(option.default) if option.kind.is_list else option.default
+    return Value(option.kind.parse(texts))
+
+
+class Document:
+    """A file with settings: its text, and what is wrong with it.
+
+    Where it is not `strict` only what is needed must be right: an unknown key is a
+    warning then.
+    """
+
+    def __init__(self, path: str, text: str, remarks: list[Remark], strict: bool = True) -> None:
+        self.path, self.text, self.remarks, self.strict = path, text, remarks, strict
+        self.root: Node = Scalar("", True, 1, 1)
+        self.shown: dict[int, str] = {}  # lines that were looked at; a long one has many remarks
+        self.lines = text.replace("\r\n", "\n").lstrip("\ufeff").split("\n")
+
+    # Remarks
+
+    def width(self, node: Node) -> int:
+        """How many characters the value takes on its line."""
+        rest = self.lines[node.line - 1][node.column - 1 :]
+        if isinstance(node, Scalar) and node.plain and rest.startswith(node.text):
+            return len(node.text)
+        quoted = re.match(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", rest)
+        if quoted or not isinstance(node, Scalar):
+            return quoted.end() if quoted else 1
+        return len(rest.rstrip())
+
+    def line(self, number: int) -> str:
+        """A line as it may be shown, character for character as long as it is."""
+        if number not in self.shown:
+            self.shown[number] = printable(hide_secrets(self.lines[number - 1]))
+        return self.shown[number]
+
+    def note(self, node: Node, text: str, *hints: str, is_error: bool = True) -> None:
+        shown = excerpt(self.line(node.line), node.column, self.width(node))
+        place = (self.path, node.line, node.column)
+        self.remarks.append(Remark(text, *place, tuple(shown), hints, is_error))
+
+    def warn(self, node: Node, text: str, *hints: str) -> None:
+        self.note(node, text, *hints, is_error=False)
+
+    # Mappings
+
+    def entries(self, node: Node, where: str) -> dict[str, tuple[Scalar, Node]]:
+        """What is in a mapping; nothing at all is an empty one."""
+        if isinstance(node, Mapping):
+            return node.entries
+        if not is_null(node):
+            self.note(node, f"{where} is a mapping, not {describe_node(node)}")
+        return {}
+
+    def unknown(self, key: Scalar, known: Iterable[str], where: str) -> None:
+        text = f"unknown key {printable(key.text)!r}{suggestion(key.text, known)}"
+        self.note(key, f"{where}: {text}" if where else text, is_error=self.strict)
+
+    def section(
+        self, node: Node, options: Iterable[Option], where: str, at: Node | None = None
+    ) -> dict[str, Value]:
+        """What the mapping says for each of `options`, with the defaults; faults are left out.
+
+        `where` names the mapping in messages, and `at` is where it is missing a key.
+        """
+        entries = self.entries(node, where or "it")
+        if not isinstance(node, Mapping) and not is_null(node):
+            return {}
+        values = {}
+        known = {option.name: option for option in options}
+        for name, (key, _) in entries.items():
+            if name not in known:
+                self.unknown(key, known, where)
+        for name, option in known.items():
+            _, given = entries.get(name, (None, None))
+            if not self.strict and isinstance(given, (Mapping, Sequence)):
+                given = None if not option.kind.is_section else given
+            if given is not None and not is_null(given):
+                value = self.value(option, given, where)
+            elif option.default is None:
+                self.note(at or node, f"{where or 'its source'} has no {name}")
+                continue
+            else:
+                value = default_of(option)
+            if value is not None:
+                values[name] = value
+        return values
+
+    def value(self, option: Option, node: Node, where: str) -> Value | None:
+        """The value of one key, None if it is none."""
+        if option.kind.is_section:
+            return Value(node, node, self.path)
+        texts = texts_in(node, option.kind)
+        if texts is not None:
+            with suppress(ValueError):
+                return Value(option.kind.parse(texts), node, self.path)
+        faults = [node]
+        if option.kind.is_list and isinstance(node, Sequence):
+            faults = [one for one in node.items if not is_entry(one, option.kind)]
+        for one in faults:
+            shown = describe_node(one, option.is_secret)
+            text = f"{option.name} {option.kind.expected}, not {shown}"
+            self.note(one, f"{where}: {text}" if where else text, *hints_for(one))
+        return None
+
+
+# ==== Schedule ===============================================================
+#
+# When a job is next due, and when it is late, as backy 2.2 and newer reckon it.
+# Everything is decided from what is given; nothing here asks the clock.
+#
+# Only complete revisions count.  One that lies in the future, because the clock
+# was wrong when it was made or is wrong now, says nothing about how old the newest
+# image is: it hides neither a missed run nor that the job is overdue.  Only when
+# the clock was set back by less than half an interval, a run is not made twice.
+
+ORIGIN = datetime(1, 1, 1, tzinfo=UTC)  # a Monday; all intervals are counted from here
+FUTURE = timedelta(minutes=5)  # by so much clocks may differ before it means something
+NEAR = timedelta(minutes=5)  # a regular time so near is not run ahead of
+LONGEST_BACK_OFF = timedelta(minutes=360)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One tag of a schedule: how often it is due, and how many revisions it keeps."""
+
+    tag: str
+    every: timedelta
+    keep: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A set of intervals, the shortest first."""
+
+    name: str
+    intervals: tuple[Interval, ...]
+
+    @property
+    def shortest(self) -> timedelta:
+        return min(one.every for one in self.intervals)
+
+    @property
+    def longest(self) -> timedelta:
+        return max(one.every for one in self.intervals)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return tuple(one.tag for one in self.intervals)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the times of a job are reckoned from: one of its complete revisions."""
+
+    moment: datetime
+    tags: tuple[str, ...]
+    duration: float  # seconds
+
+
+def spread_of(job: str, schedule: Schedule) -> int:
+    """The second within the longest interval at which this job runs: the same on all hosts."""
+    import random
+
+    options: dict[str, Any] = {}
+    if sys.version_info >= (3, 9):  # hosts in FIPS mode have md5 only for what is no secret
+        options["usedforsecurity"] = False
+    digest = hashlib.md5(job.encode("utf-8", "surrogatepass"), **options)  # noqa: S324
+    seconds = schedule.longest // timedelta(seconds=1)
+    return random.Random(int(digest.hexdigest(), 16)).randint(0, seconds)
+
+
+def next_slot(every: timedelta, spread: int, now: datetime) -> datetime:
+    """The first moment after `now` that is `spread` seconds and whole intervals from the origin."""
+    start = ORIGIN + timedelta(seconds=spread)
+    return start + ((now - start) // every + 1) * every
+
+
+def earliest(slots: Iterable[tuple[datetime, str]]) -> tuple[datetime, tuple[str, ...]]:
+    """The first of the moments, and all tags that are due at it."""
+    slots = list(slots)
+    first = min(moment for moment, _ in slots)
+    return first, tuple(tag for moment, tag in slots if moment == first)
+
+
+def next_time(schedule: Schedule, spread: int, now: datetime) -> tuple[datetime, tuple[str, ...]]:
+    """The next regular time, always later than `now`, and the tags that are due then."""
+    return earliest((next_slot(one.every, spread, now), one.tag) for one in schedule.intervals)
+
+
+def next_slot_unserved(one: Interval, spread: int, past: ListLike[Past], now: datetime) -> datetime:
+    """Like next_slot(), but past a slot that was served before the clock was set back a little."""
+    slot = next_slot(one.every, spread, now)
+    for revision in reversed(past):
+        if one.tag in revision.tags:
+            served = now < revision.moment < now + one.every / 2 and slot <= revision.moment
+            return slot + one.every if served else slot
+    return slot
+
+
+def missed_tags(schedule: Schedule, past: ListLike[Past], now: datetime) -> tuple[str, ...]:
+    """The tags of the schedule that no revision has which is younger than their interval."""
+
+    def is_missed(one: Interval) -> bool:
+        return not any(
+            one.tag in revision.tags and -FUTURE <= now - revision.moment < one.every
+            for revision in reversed(past)
+        )
+
+    return tuple(one.tag for one in schedule.intervals if is_missed(one))
+
+
+def next_run(
+    schedule: Schedule, spread: int, past: ListLike[Past], now: datetime
+) -> tuple[datetime, tuple[str, ...], str]:
+    """When the job is to run next, with which tags, and why then.
+
+    What was missed is run now, unless the regular time is near, which then takes
+    it along.  A job without any revision waits for its regular time, so that a
+    hundred new jobs do not start at once.
+    """
+    moment, regular = earliest(
+        (next_slot_unserved(one, spread, past, now), one.tag) for one in schedule.intervals
+    )
+    missed = missed_tags(schedule, past, now)
+    if missed and past and moment > now + NEAR:
+        return now, missed, f"catching up: {', '.join(missed)} missed"
+    tags = tuple(tag for tag in schedule.tags if tag in regular or tag in missed)
+    besides = [tag for tag in missed if tag not in regular]
+    reason = f"regular time of {', '.join(regular)}"
+    if not past:
+        reason += "; never backed up before"
+    elif besides:
+        reason += f"; {', '.join(besides)} missed"
+    return moment, tags, reason
+
+
+def overdue_since(
+    schedule: Schedule, past: ListLike[Past], first_seen: datetime, now: datetime
+) -> datetime | None:
+    """Since when the job is without a revision young enough; None while it is within its SLA.
+
+    A job that has none is given as long from `first_seen` on, which who keeps it must
+    set to `now` when it lies in the future.
+    """
+    moments = (revision.moment for revision in past if revision.moment <= now + FUTURE)
+    limit = max(moments, default=first_seen) + 3 * schedule.shortest / 2
+    return limit if now > limit else None
+
+
+def back_off(failures: int) -> timedelta:
+    """How long to wait after so many failures in a row: 2, 4, 8 ... 256, 360 minutes."""
+    if failures <= 0:
+        return timedelta(0)
+    return min(timedelta(minutes=2 ** min(failures, 9)), LONGEST_BACK_OFF)
+
+
 # ==== Kernel =================================================================
 #
 # Calls that Python has no name for, with the numbers of linux/fs.h and
@@ -1479,10 +2045,11 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(re.escape(TEMPORARY) + "[0-9A-Za-z]{22}", name) is not None
 
 
-def replace_file(dir_fd: int, name: str, data: bytes, mode: int) -> None:
+def replace_file(dir_fd: int, name: str, data: bytes, mode: int, durable: bool = True) -> None:
     """Put `data` at `name`; after a crash there is the old file or the new one.
 
-    What reached the medium is read back before the old file goes.
+    What reached the medium is read back before the old file goes.  What is soon
+    written again need not be `durable`: a power cut may then leave neither.
     """
     temporary = temporary_name()
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW
@@ -1491,10 +2058,11 @@ def replace_file(dir_fd: int, name: str, data: bytes, mode: int) -> None:
         try:
             write_all(fd, data, 0)
             os.fchmod(fd, mode)
-            sync(fd)
-            drop_cache(fd)
-            if os.pread(fd, len(data) + 1, 0) != data:
-                raise OSError(errno.EIO, "what was read back is not what was written")
+            if durable:
+                sync(fd)
+                drop_cache(fd)
+                if os.pread(fd, len(data) + 1, 0) != data:
+                    raise OSError(errno.EIO, "what was read back is not what was written")
         finally:
             close(fd)
         os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
@@ -1502,7 +2070,8 @@ def replace_file(dir_fd: int, name: str, data: bytes, mode: int) -> None:
         with suppress(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
         raise
-    sync(dir_fd)
+    if durable:
+        sync(dir_fd)
 
 
 def replace_link(dir_fd: int, name: str, target: str) -> None:
@@ -2708,16 +3277,46 @@ class Still:
         """Raise BackyError when the image is no longer what it was."""
 
 
+class VerifyMode(Enum):
+    """How a backup is proven: by reading the previous image too, or only what was written."""
+
+    FULL = "full"
+    WRITTEN = "written"
+
+
+INTERVAL_OPTIONS = (
+    Option("interval", TIME_SPAN, None, "how often a revision with this tag is due"),
+    Option("keep", number(0, 99_999), None, "how many are kept at least; 0: all of them"),
+)
+
+SOURCE_OPTIONS = (
+    Option("type", TEXT, None, "the type of source"),
+    Option("verify", choice("full", "written"), "full", "how a backup is proven"),
+    Option(
+        *("rewrite-above", number(0, 10**12 - 1, "is a number of extents"), "100000"),
+        "an image in more extents is written anew; 0: never",
+    ),
+    Option("full-always", BOOLEAN, "no", "of backy 2.x, without effect"),
+    Option("backend", choice("cowfile"), "cowfile", "of backy 2.x: how revisions are kept"),
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where images come from.  Naming a `type` registers it."""
 
     type = ""
-    keys = ("",)  # of the configuration, beside those of every job
+    keys: ClassVar[tuple[Option | str, ...]] = ()  # beside SOURCE_OPTIONS; a str is optional text
 
     @classmethod
     def types(cls) -> dict[str, type[Source]]:
         return {one.type: one for one in Source.__subclasses__()}
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """The table of a source of this type."""
+        own = (Option(key, TEXT) if isinstance(key, str) else key for key in cls.keys)
+        return (*SOURCE_OPTIONS, *own)
 
     @classmethod
     def parse(cls, words: str) -> dict[str, str]:
@@ -2806,7 +3405,10 @@ class FileSource(Source):
     filename: str = ""
 
     type = "file"
-    keys = ("filename", "cow")
+    keys = (
+        Option("filename", PATH, None, "the image file or block device"),
+        Option("cow", BOOLEAN, "yes", "of backy 2.x, without effect"),
+    )
 
     @classmethod
     def parse(cls, words: str) -> dict[str, str]:
@@ -2840,11 +3442,71 @@ class FileSource(Source):
             close(fd)
 
 
-class VerifyMode(Enum):
-    """How a backup is proven: by reading the previous image too, or only what was written."""
+def read_schedule(document: Document, node: Node, name: str, where: str) -> Schedule | None:
+    """The faultless ones of the intervals in the mapping `node`; None if there are none."""
+    intervals = []
+    tags = document.entries(node, where)
+    for tag, (key, one) in tags.items():
+        try:
+            if parse_tags(tag) != (tag,):
+                raise BackyError(f"{printable(tag)!r} is not one tag")
+        except BackyError as e:
+            document.note(key, f"{where}: {e}", *filter(None, [e.hint]))
+            tag = ""
+        values = document.section(one, INTERVAL_OPTIONS, f"{where}.{printable(key.text)}", key)
+        if tag and len(values) == len(INTERVAL_OPTIONS):
+            intervals.append(Interval(tag, values["interval"].value, values["keep"].value))
+    if (isinstance(node, Mapping) and not tags) or is_null(node):
+        document.note(node, f"{where} has no interval")
+    in_order = tuple(sorted(intervals, key=lambda one: one.every))
+    return Schedule(name, in_order) if intervals else None
 
-    FULL = "full"
-    WRITTEN = "written"
+
+def find_source_type(document: Document, node: Node, where: str) -> type[Source] | None:
+    """The class of the source in the mapping `node`; None if there is no such one."""
+    entries = node.entries if isinstance(node, Mapping) else {}
+    _, given = entries.get("type", (None, None))
+    name = given.text if isinstance(given, Scalar) and not is_null(given) else ""
+    types = Source.types()
+    if name not in types or not name:
+        alike = suggestion(name, types) if name else ""
+        text = f"no source type {printable(name)!r} in this version{alike}"
+        if not name and document.strict:
+            text = "its source has no type"
+        hints = [f"source types are: {', '.join(sorted(filter(None, types)))}"]
+        hints += hints_for(given) if given else []
+        document.note(given or node, f"{where}: {text}" if where else text, *hints)
+        return None
+    return types[name]
+
+
+def texts_of(values: dict[str, Value]) -> dict[str, str]:
+    """What was given, without the defaults, as text."""
+    given = {name: value for name, value in values.items() if value.node}
+    return {
+        name: value.node.text if isinstance(value.node, Scalar) else ", ".join(value.value)
+        for name, value in given.items()
+    }
+
+
+def read_source(document: Document, node: Node, where: str, at: Node) -> dict[str, Value]:
+    """What the mapping `node` says of a source, with the defaults; empty if it is faulty."""
+    if is_null(node) or not isinstance(node, Mapping):
+        document.entries(node, f"{where}: source")
+        return {}
+    kind = find_source_type(document, node, where)
+    if kind is None:
+        return {}
+    faults = len(document.remarks)
+    values = document.section(node, kind.options(), where, at)
+    if any(remark.is_error for remark in document.remarks[faults:]):
+        return {}
+    try:
+        kind.load(texts_of(values))
+    except ConfigError as e:
+        document.note(at, f"{where}: {e}" if where else str(e), *filter(None, [e.hint]))
+        return {}
+    return values
 
 
 @dataclass(frozen=True)
@@ -2854,56 +3516,44 @@ class Job:
     source: Source
     verify: VerifyMode
     rewrite_above: int  # extents; 0 is never
+    schedule: Schedule | None = None
 
 
-JOB_KEYS = ("type", "verify", "rewrite-above", "full-always", "backend")
-REWRITE_ABOVE = 100_000
+def read_job(document: Document, root: Node) -> Job:
+    """What a `config` says, flat or nested as backy 2.5 has it."""
+    schedule = None
+    entries = root.entries if isinstance(root, Mapping) else {}
+    if "source" in entries:
+        if "schedule" in entries:
+            schedule = read_schedule(document, entries["schedule"][1], "config", "schedule")
+        root = entries["source"][1]
+    if not isinstance(root, Mapping):
+        raise ConfigError("it is not a mapping")
+    if "backend" in root.entries and describe_node(root.entries["backend"][1]) == "'chunked'":
+        raise ConfigError(f"this directory {CHUNKED}")
+    values = read_source(document, root, "", root)
+    for remark in document.remarks:
+        if remark.is_error:
+            raise ConfigError(remark.text, "; ".join(remark.hints))
+    source = Source.types()[values["type"].value].load(texts_of(values))
+    limit = values["rewrite-above"].value
+    return Job(source, VerifyMode(values["verify"].value), limit, schedule)
 
 
 def load_job(repository: Repository) -> Job:
     """Read `config`.  Raises ConfigError with what is wrong; unknown keys are a warning."""
     where = f"{repository.name}: config"
     try:
-        root = parse_yaml(read_small(repository.dir_fd, "config").decode("utf-8"))
+        text = read_small(repository.dir_fd, "config").decode("utf-8")
+        document = Document(where, text, [], strict=False)
+        job = read_job(document, parse_yaml(text))
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror}") from e
-    except (YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{where}: {e}") from e
-    if isinstance(root, Mapping) and "source" in root.entries:  # as backy 2.5 nests it
-        root = root.entries["source"][1]
-    if not isinstance(root, Mapping):
-        raise ConfigError(f"{where}: it is not a mapping")
-    options = {
-        key: "" if node.plain and node.text in ("", "null", "~") else node.text
-        for key, (_, node) in root.entries.items()
-        if isinstance(node, Scalar)
-    }
-    kind = Source.types().get(options.get("type", ""))
-    if kind is None:
-        there = ", ".join(sorted(Source.types()))
-        raise ConfigError(
-            f"{where}: no source type {printable(options.get('type', ''))!r} in this version",
-            f"source types are: {there}",
-        )
-    for key in root.entries:
-        if key not in (*JOB_KEYS, *kind.keys):
-            alike = suggestion(key, (*JOB_KEYS, *kind.keys))
-            log.warning("%s: unknown key %r%s", where, printable(key), alike)
-    if options.get("backend", "cowfile") == "chunked":
-        raise ConfigError(f"{where}: this directory {CHUNKED}")
-    try:
-        mode = VerifyMode(options.get("verify") or "full")
-    except ValueError:
-        raise ConfigError(
-            f"{where}: verify is full or written, not {options['verify']!r}"
-        ) from None
-    try:
-        limit = options.get("rewrite-above") or str(REWRITE_ABOVE)
-        if not re.fullmatch("[0-9]{1,12}", limit, re.ASCII):
-            raise ConfigError(f"rewrite-above is a number of extents, not {printable(limit)!r}")
-        return Job(kind.load(options), mode, int(limit))
-    except ConfigError as e:
-        raise ConfigError(f"{where}: {e}", e.hint) from e
+    except (ConfigError, YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where}: {e}", getattr(e, "hint", "")) from e
+    for remark in document.remarks:
+        log.warning("%s: %s", where, remark.text)
+    return job
 
 
 def initialise(path: str, kind: str, words: str) -> None:
@@ -4812,6 +5462,249 @@ def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None
         confess(repository, image)
 
 
+# ==== Expire =================================================================
+#
+# Why each revision is kept, and the removal of those that nothing keeps.  A tag
+# goes when as many newer good revisions have it as its schedule keeps, and it is
+# older than so many intervals.  Both must hold, so that neither many backups in a
+# day nor a wrong clock take the last ones.
+#
+# What is incomplete, damaged, protected or being read stays as it is, and so does
+# the only good revision.  While some metadata cannot be read, all stays.  The lock
+# is that of the directory, as for any removal; a backup may run meanwhile, whose
+# parent it holds open.  What is removed goes first, for that needs no room on the
+# disk; a tag that cannot be taken off then goes at the next time.
+
+SHORT_WHILE = 0.5  # seconds that others may have to wait for the directory's lock
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a revision stays, with which tags, and why."""
+
+    revision: Revision
+    keep: bool
+    reason: str
+    tags: tuple[str, ...]  # those that are left
+    failure: str = ""  # why it could not be carried out
+
+    @property
+    def changes(self) -> bool:
+        return not self.keep or self.tags != self.revision.tags
+
+
+def format_span(span: timedelta) -> str:
+    """`1 day`, `90 minutes`: in the largest unit that has no rest."""
+    seconds = int(span.total_seconds())
+    sizes = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    word, size = next((one for one in sizes if not seconds % one[1]), sizes[-1])
+    return f"{seconds // size} {word}{'' if seconds == size else 's'}"
+
+
+def describe_damage(revision: Revision) -> str:
+    """What is wrong with the bytes of a revision, as far as that is known; empty if nothing."""
+    if revision.problem:
+        return f"damaged: {revision.problem}"
+    return "damaged" if revision.damaged or revision.sums_damaged else ""
+
+
+def is_sound(revision: Revision) -> bool:
+    return revision.is_good and not describe_damage(revision)
+
+
+def judge_tag(
+    tag: str, interval: Interval | None, revision: Revision, newer: int, now: datetime
+) -> tuple[bool, str]:
+    """Whether the revision keeps this tag, which `newer` younger good ones have too, and why."""
+    if interval is None:
+        is_manual = tag.startswith("manual:")
+        return is_manual, printable(tag) if is_manual else f"unknown tag {printable(tag)!r}"
+    if not interval.keep:
+        return True, f"{tag}, kept for ever"
+    window = interval.keep * interval.every
+    place = f"{tag} {newer + 1} of {interval.keep}"
+    if not is_sound(revision):
+        place = f"{tag}, with {newer} of {interval.keep} good ones newer"
+    if newer < interval.keep:
+        return True, place
+    if now - revision.timestamp <= window:
+        return True, f"{tag}, within {format_span(window)}"
+    return False, f"{place}, older than {format_span(window)}"
+
+
+def judge_one(
+    revision: Revision, schedule: Schedule, newer: dict[str, int], now: datetime
+) -> Verdict:
+    """What holds for one revision without regard to the others, but for their number."""
+    if not revision.is_complete:
+        return Verdict(revision, True, "incomplete", revision.tags)
+    intervals = {one.tag: one for one in schedule.intervals}
+    tags = [*(tag for tag in schedule.tags if tag in revision.tags)]
+    tags += [tag for tag in revision.tags if tag not in intervals]
+    stays, goes, left = [], [], []
+    for tag in tags:
+        keep, why = judge_tag(tag, intervals.get(tag), revision, newer.get(tag, 0), now)
+        (stays if keep else goes).append(why)
+        left += [tag] if keep else []
+    guards = [describe_damage(revision), "protected" if revision.protected else ""]
+    if any(guards):
+        return Verdict(revision, True, ", ".join(filter(None, [*stays, *guards])), revision.tags)
+    if not stays:
+        return Verdict(revision, False, ", ".join(goes) or "no tags", ())
+    if revision.timestamp > now + FUTURE:
+        stays.append("from the future")
+    reason = ", ".join(stays) + (f"; without {', '.join(goes)}" if goes else "")
+    return Verdict(revision, True, reason, tuple(sorted(left)))
+
+
+def spare(verdict: Verdict, reason: str) -> Verdict:
+    """The revision stays after all, with its tags."""
+    return Verdict(verdict.revision, True, reason, verdict.revision.tags)
+
+
+def spare_the_last(verdicts: list[Verdict]) -> list[Verdict]:
+    """Let the newest good revision stay, if no good one would, or the newest if none is good."""
+    complete = [one for one in verdicts if one.revision.is_complete]
+    good = [one for one in complete if is_sound(one.revision)]
+    some = good or complete
+    if not some or any(one.keep for one in some):
+        return verdicts
+    reason = "only good one" if good else "only one"
+    return [spare(one, reason) if one is some[-1] else one for one in verdicts]
+
+
+def judge_revisions(
+    revisions: ListLike[Revision], schedule: Schedule, now: datetime
+) -> list[Verdict]:
+    """The verdicts on all revisions of a job, given and returned with the oldest first.
+
+    Only good revisions fill the places of a tag, so that a damaged or incomplete one
+    never pushes a good one out.
+    """
+    newer: dict[str, int] = {}
+    verdicts = []
+    for revision in reversed(revisions):
+        verdicts.append(judge_one(revision, schedule, newer, now))
+        if is_sound(revision):
+            for tag in revision.tags:
+                newer[tag] = newer.get(tag, 0) + 1
+    return spare_the_last(verdicts[::-1])
+
+
+def is_open(repository: Repository, revision: Revision) -> bool:
+    """Whether somebody reads the image, by his lock."""
+    try:
+        fd = open_regular(repository.dir_fd, revision.id)
+    except OSError:
+        return False
+    try:
+        return not take_lock(fd)
+    finally:
+        close(fd)
+
+
+def judge(repository: Repository, schedule: Schedule, now: datetime) -> list[Verdict]:
+    """The verdicts on the revisions of a repository as they were loaded."""
+    verdicts = judge_revisions(repository.revisions, schedule, now)
+    if repository.problems:
+        reason = "while not all metadata can be read"
+        return [spare(one, reason) if one.changes else one for one in verdicts]
+    return [
+        spare(one, "open") if not one.keep and is_open(repository, one.revision) else one
+        for one in verdicts
+    ]
+
+
+def refuse_unreadable(repository: Repository) -> None:
+    """Raise BackyError if there is metadata that says nothing: who knows what it is needed for."""
+    if repository.problems:
+        names = printable(", ".join(name for name, _ in repository.problems[:10]))
+        raise BackyError(
+            f"{repository.name}: nothing expires: cannot read {names}",
+            "mend it, or move it and its image to another directory",
+        )
+
+
+def finish_removals(repository: Repository) -> None:
+    """Give back the space of revisions whose removal was interrupted."""
+    try:
+        with explain(f"{repository.name}: cannot finish an interrupted removal"):
+            for name in list_directory(repository.dir_fd):
+                if name.endswith(".del") and REVISION_ID.fullmatch(name[: -len(".del")]):
+                    repository.sweep_tombstone(name[: -len(".del")])
+    except BackyError as e:
+        log.warning("%s", e)
+
+
+def carry_out(repository: Repository, verdict: Verdict) -> Verdict:
+    """Do what was decided about one revision; what kept us from it is in the result."""
+    revision = verdict.revision
+    try:
+        if verdict.keep:
+            repository.change(revision, tags=verdict.tags)
+        else:
+            repository.remove(revision)
+    except Busy:
+        return spare(verdict, "open")
+    except BackyError as e:
+        return replace(verdict, failure=str(e))
+    what = f"keeps [{printable(','.join(verdict.tags))}]" if verdict.keep else "is removed"
+    log.info("%s: %s %s: %s", repository.name, revision, what, verdict.reason)
+    return verdict
+
+
+def expire_revisions(repository: Repository, schedule: Schedule, now: datetime) -> list[Verdict]:
+    """Remove what nothing keeps, and take off the tags that are over; all verdicts.
+
+    One that could not be carried out says why, and the others are carried out all
+    the same.  Raises BackyError, having done nothing, when metadata cannot be read.
+    """
+    done: dict[str, Verdict] = {}
+    is_through = False
+    while not is_through:
+        with repository.metadata_lock():
+            refuse_unreadable(repository)
+            finish_removals(repository)
+            verdicts = judge(repository, schedule, now)
+            left = [one for one in verdicts if one.changes and one.revision.id not in done]
+            until = time.monotonic() + SHORT_WHILE
+            for verdict in sorted(left, key=lambda one: one.keep):
+                done[verdict.revision.id] = carry_out(repository, verdict)
+                if time.monotonic() > until:
+                    break
+            is_through = all(one.revision.id in done for one in left)
+        if not is_through:
+            time.sleep(0.01)  # so that who waits for the lock gets it
+    repository.check_presence()
+    found = {one.revision.id: one for one in verdicts}
+    every = {**found, **done}.values()
+    return sorted(every, key=lambda one: (one.revision.clock, one.revision.id))
+
+
+def load_schedule(repository: Repository) -> Schedule:
+    """The schedule in the job's `config`, which the scheduler writes there.  Raises ConfigError."""
+    where = f"{repository.name}: config"
+    hint = "take it from the scheduler's configuration: backy expire -c FILE JOB"
+    try:
+        text = read_small(repository.dir_fd, "config").decode("utf-8")
+        document = Document(where, text, [], strict=False)
+        root = parse_yaml(text)
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror}", hint) from e
+    except (YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where}: {e}", hint) from e
+    entries = root.entries if isinstance(root, Mapping) else {}
+    if "source" not in entries or "schedule" not in entries:
+        raise ConfigError(f"{where}: there is no schedule", hint)
+    schedule = read_schedule(document, entries["schedule"][1], "config", "schedule")
+    for remark in document.remarks:
+        if remark.is_error:
+            raise ConfigError(f"{where}: {remark.text}", "; ".join(remark.hints))
+    if schedule is None:
+        raise ConfigError(f"{where}: there is no schedule", hint)
+    return schedule
+
+
 # ==== Selftest ===============================================================
 #
 # The main job, start to end, on a small disk with a real FAT16 file system, in a
@@ -5032,6 +5925,3697 @@ class Selftest:
         return at
 
 
+# ==== Configuration ==========================================================
+#
+# backy.conf and the files it includes: the tables of their keys, and all jobs,
+# each with its schedule, or all that is wrong.  A configuration with one fault is
+# no configuration: whoever had a good one goes on with that.
+
+DEFAULT_CONFIG = "/etc/backy.conf"
+LEAST_RUNTIME = timedelta(hours=6)
+MOST_REMARKS = 1000  # that are printed
+MOST_NAMES = 50  # schedules that a message lists
+JOB_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+JOB_NAME_HINT = (
+    "a job's name is 1 to 128 letters, digits and . _ : -, beginning with a letter or digit"
+)
+# Names that are, or look like, files of ours in a base directory or a job's directory.
+RESERVED_NAMES = frozenset(("status", "config", "last", "latest", "last.rev", "backy.log"))
+
+
+def parse_addresses(words: Iterable[str]) -> tuple[str, ...]:
+    words = tuple(dict.fromkeys(words))
+    for word in words:
+        if re.fullmatch("[0-9.]+", word, re.ASCII) or ":" in word:
+            import ipaddress
+
+            ipaddress.ip_address(word)
+        elif not re.fullmatch("[0-9A-Za-z]([0-9A-Za-z.-]{0,252})", word, re.ASCII):
+            raise ValueError(f"{word!r} is no address")
+    return words
+
+
+ADDRESSES = Kind(
+    "is a list of addresses, or text with commas", parse_addresses, ", ".join, is_list=True
+)
+
+TOP_OPTIONS = (
+    Option("global", SECTION, "", "settings of the scheduler"),
+    Option("config", SECTION, "", "another name for global"),
+    Option("schedules", SECTION, "", "schedules by their names"),
+    Option("jobs", SECTION, "", "jobs by their names"),
+    Option("include", LIST, "", "more files with schedules and jobs"),
+)
+GLOBAL_OPTIONS = (
+    Option("base-dir", PATH, "/srv/backy", "the directory of all jobs' directories"),
+    Option("worker-limit", number(1, 1000), "1", "how many backups run at once"),
+    Option("status-file", PATH, "{base-dir}/status", "what the scheduler writes for check"),
+    Option("status-interval", TIME_SPAN, "30", "how often it is written"),
+    Option("telnet-addrs", ADDRESSES, "127.0.0.1, ::1", "where the telnet shell listens"),
+    Option("telnet-port", number(0, 65535), "6023", "its port; 0: any free one"),
+    Option("telnet-control", BOOLEAN, "no", "whether its users may start jobs and reload"),
+    Option("space-warning", SPACE, "5%", "check warns with less free space than this"),
+    Option("space-critical", SPACE, "2%", "check is critical with less than this"),
+)
+JOB_OPTIONS = (
+    Option("schedule", TEXT, None, "the name of its schedule"),
+    Option("source", SECTION, None, "where its image comes from"),
+    Option("max-runtime", TIME_SPAN, "", "when a backup is taken for hung"),
+)
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """One job of backy.conf."""
+
+    name: str
+    schedule: Schedule
+    source: dict[str, str]
+    max_runtime: timedelta
+    place: str  # file:line, for messages
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole backy.conf without faults."""
+
+    path: str
+    base_dir: str
+    worker_limit: int
+    status_file: str
+    status_interval: timedelta
+    telnet_addrs: tuple[str, ...]
+    telnet_port: int
+    telnet_control: bool
+    schedules: dict[str, Schedule]
+    jobs: dict[str, JobSettings]  # in the order of the file
+    space_warning: Space = Space()
+    space_critical: Space = Space()
+
+
+def count_of(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def count_remarks(remarks: Iterable[Remark]) -> str:
+    """`2 errors, 1 warning`."""
+    errors = [remark.is_error for remark in remarks]
+    warnings = len(errors) - sum(errors)
+    words = count_of(sum(errors), "error") if any(errors) else "no errors"
+    return words + (f", {count_of(warnings, 'warning')}" if warnings else "")
+
+
+class ConfigErrors(ConfigError):
+    """All that is wrong with a configuration; `summary` is one line of it."""
+
+    def __init__(self, path: str, remarks: list[Remark]) -> None:
+        self.remarks = remarks
+        errors = [remark for remark in remarks if remark.is_error]
+        first = errors[0].first_line
+        self.summary = first
+        if len(errors) > 1:
+            self.summary = f"{printable(path)}: {len(errors)} errors, the first: {first}"
+        is_alone = len(remarks) == 1 and not remarks[0].line
+        lines = [str(one) for one in remarks[:MOST_REMARKS]]
+        if remarks[MOST_REMARKS:]:
+            lines.append(f"... and {len(remarks) - MOST_REMARKS} more")
+        if not is_alone:
+            lines.append(count_remarks(remarks))
+        super().__init__("\n".join(lines))
+
+
+class Entry(NamedTuple):
+    """A schedule or job as it stands in a file."""
+
+    document: Document
+    key: Scalar
+    node: Node
+
+    @property
+    def place(self) -> str:
+        return f"{self.document.path}:{self.key.line}"
+
+
+def read_settings_file(path: str) -> str:
+    """The text of a file with settings.  Raises OSError, or ConfigError with what is wrong."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError("not a regular file")
+        if status.st_mode & 0o022 and os.geteuid() == 0:
+            mode = stat.S_IMODE(status.st_mode)
+            raise ConfigError(f"others than root may write to it (mode {mode:04o}): chmod go-w")
+        data = b""
+        while len(data) <= MAX_YAML_TEXT:
+            piece = os.read(fd, MAX_YAML_TEXT + 1 - len(data))
+            if not piece:
+                return data.decode("utf-8")
+            data += piece
+        raise ConfigError(f"larger than {format_size(MAX_YAML_TEXT)}")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise ConfigError(f"byte 0x{data[e.start]:02X} on line {line} is not UTF-8") from e
+    finally:
+        close(fd)
+
+
+class Configuration:
+    """backy.conf as it is read: its files, what they say, and what is wrong with them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path) if path else ""
+        self.remarks: list[Remark] = []
+        self.is_whole = True
+        self.documents: dict[str, Document] = {}  # by real path, in the order of reading
+        self.section: Entry | None = None  # `global`
+        self.entries: dict[str, dict[str, Entry]] = {"schedule": {}, "job": {}}
+        self.settings: dict[str, Value] = {}
+        self.jobs: dict[str, dict[str, Value]] = {}
+        self.sources: dict[str, dict[str, Value]] = {}
+        self.schedules: dict[str, Schedule | None] = {}
+
+    def load(self) -> Settings:
+        """Read everything.  Raises ConfigErrors."""
+        self.read_main()
+        if not self.is_whole:  # all else would only be said to be missing
+            self.check()
+        self.settings = self.read_global()
+        for name, entry in self.entries["schedule"].items():
+            self.schedules[name] = self.read_schedule(name, entry)
+        jobs = {name: self.read_job(name, entry) for name, entry in self.entries["job"].items()}
+        self.find_commas()
+        self.check()
+        settings = {name.replace("-", "_"): value.value for name, value in self.settings.items()}
+        return Settings(path=self.path, **settings, schedules=self.schedules, jobs=jobs)
+
+    def check(self) -> None:
+        """Raise ConfigErrors if there is an error up to here."""
+        order = {document.path: at for at, document in enumerate(self.documents.values())}
+        self.remarks.sort(key=lambda one: (order.get(one.path, -1), one.line, one.column))
+        if any(remark.is_error for remark in self.remarks):
+            raise ConfigErrors(self.path, self.remarks)
+
+    # Files
+
+    def read_main(self) -> None:
+        try:
+            text = read_settings_file(self.path)
+        except (OSError, ConfigError) as e:
+            reason = getattr(e, "strerror", None) or str(e)
+            self.remarks.append(Remark(reason, printable(self.path) or "-c"))
+            self.is_whole = False
+            return
+        document = self.add(self.path, text)
+        top = self.read_top(document)
+        if "include" in top:
+            self.include(document, top["include"])
+        elif self.is_whole and "jobs" not in top:
+            self.remarks.append(Remark("it has no jobs", document.path))
+
+    def add(self, path: str, text: str) -> Document:
+        document = Document(printable(path), text, self.remarks)
+        self.documents[os.path.realpath(path)] = document
+        return document
+
+    def read_top(self, document: Document) -> dict[str, Value]:
+        """Take the sections of one file over."""
+        try:
+            root = document.root = parse_yaml(document.text)
+        except YAMLError as e:
+            document.note(Scalar("", False, e.line, e.column), e.message)
+            self.is_whole = False
+            return {}
+        if not isinstance(root, Mapping):
+            what = "it is empty" if is_null(root) else "it is not a mapping"
+            self.remarks.append(Remark(what, document.path))
+            self.is_whole = False
+            return {}
+        keys = {key: one for key, one in root.entries.items() if not key.startswith("x-")}
+        top = document.section(Mapping(keys, root.line, root.column), TOP_OPTIONS, "")
+        for name in root.entries:
+            if name in ("global", "config") and name in top:
+                self.take_global(Entry(document, *root.entries[name]))
+        for kind in self.entries:
+            if f"{kind}s" in top:
+                self.take(document, kind, top[f"{kind}s"].value)
+        return top
+
+    def take_global(self, entry: Entry) -> None:
+        if self.section is None:
+            self.section = entry
+            return
+        first = f"{self.section.key.text}, at {self.section.place}"
+        text = f"{entry.key.text} means the same as {first}: keep one of them"
+        if entry.key.text == self.section.key.text:
+            text = f"{entry.key.text} is also at {self.section.place}: keep one of them"
+        entry.document.note(entry.key, text)
+
+    def take(self, document: Document, kind: str, node: Node) -> None:
+        """Take over all schedules, or all jobs, of a file."""
+        names = self.entries[kind]
+        for name, (key, one) in document.entries(node, f"{kind}s").items():
+            if name in names:
+                shown = printable(name)
+                document.note(key, f"{kind} {shown} is also at {names[name].place}")
+            else:
+                names[name] = Entry(document, key, one)
+
+    def include(self, document: Document, value: Value) -> None:
+        nodes = value.node.items if isinstance(value.node, Sequence) else [value.node]
+        for text in value.value:
+            node = next((one for one in nodes if one.text == text), value.node)
+            for path in self.find_included(document, node, text):
+                self.include_file(document, node, path)
+
+    def find_included(self, document: Document, node: Node, text: str) -> list[str]:
+        """The files that a pattern means; a name that is no pattern must be there."""
+        import glob
+
+        if "\0" in text:
+            document.note(node, "include: no file is called so")
+            return []
+        pattern = os.path.join(os.path.dirname(self.path), text)
+        if not glob.has_magic(text):
+            return [pattern]
+        directory = os.path.dirname(pattern)
+        if os.path.isdir(directory) and not os.access(directory, os.R_OK | os.X_OK):
+            document.note(node, f"include: {printable(directory)}: {os.strerror(errno.EACCES)}")
+            self.is_whole = False
+        return sorted(glob.glob(pattern))
+
+    def include_file(self, document: Document, node: Node, path: str) -> None:
+        real = os.path.realpath(path)
+        if real == next(iter(self.documents)):
+            document.note(node, f"include: {printable(path)} is this file itself")
+        if real in self.documents:
+            return
+        try:
+            text = read_settings_file(path)
+        except (OSError, ConfigError) as e:
+            reason = getattr(e, "strerror", None) or str(e)
+            document.note(node, f"include: {printable(path)}: {reason}")
+            self.is_whole = False
+            return
+        included = self.add(path, text)
+        top = self.read_top(included)
+        if "include" in top:
+            included.note(top["include"].node, "an included file cannot include others")
+
+    # What they say
+
+    def read_global(self) -> dict[str, Value]:
+        """The settings of the scheduler, with all paths absolute."""
+        if self.section is None:
+            values = {one.name: default_of(one) for one in GLOBAL_OPTIONS}
+        else:
+            document, _, node = self.section
+            values = document.section(node, GLOBAL_OPTIONS, self.section.key.text)
+        if not {"base-dir", "status-file"} <= set(values):
+            return values
+        base = os.path.normpath(os.path.join(os.path.dirname(self.path), values["base-dir"].value))
+        values["base-dir"] = replace(values["base-dir"], value=base)
+        status = values["status-file"].value.replace("{base-dir}", base)
+        status = os.path.normpath(os.path.join(base, status))
+        values["status-file"] = replace(values["status-file"], value=status)
+        return values
+
+    def read_schedule(self, name: str, entry: Entry) -> Schedule | None:
+        where = f"schedule {printable(name)}"
+        if not name or UNPRINTABLE.search(name):
+            entry.document.note(entry.key, f"{where}: no schedule can be called so")
+        return read_schedule(entry.document, entry.node, name, where)
+
+    def read_job(self, name: str, entry: Entry) -> JobSettings | None:
+        document, key, node = entry
+        where = f"job {printable(name) or repr(name)}"
+        self.check_name(name, entry)
+        values = document.section(node, JOB_OPTIONS, where, key)
+        schedule = None
+        if "schedule" in values:
+            schedule = self.find_schedule(document, values["schedule"], where)
+        source = {}
+        if "source" in values:
+            self.sources[name] = read_source(document, values["source"].value, where, key)
+            source = self.absolute(self.sources[name])
+        if not (schedule and source):
+            return None
+        if "max-runtime" not in values:
+            values["max-runtime"] = Value(max(3 * schedule.shortest, LEAST_RUNTIME))
+        self.jobs[name] = values
+        return JobSettings(name, schedule, source, values["max-runtime"].value, entry.place)
+
+    def check_name(self, name: str, entry: Entry) -> None:
+        where = f"job {printable(name[:140]) or repr(name)}"
+        if not JOB_NAME.fullmatch(name):
+            entry.document.note(entry.key, f"{where}: no job can be called so", JOB_NAME_HINT)
+            return
+        base, status = (self.settings.get(key) for key in ("base-dir", "status-file"))
+        is_status = base and status and os.path.join(base.value, name) == status.value
+        if name in RESERVED_NAMES or is_status:
+            text = f"{where}: no job can be called so: it is the name of one of backy's own files"
+            entry.document.note(entry.key, text)
+
+    def find_schedule(self, document: Document, value: Value, where: str) -> Schedule | None:
+        name = value.value
+        if name in self.schedules:
+            return self.schedules[name]
+        known = list(self.schedules)[:MOST_NAMES]  # to look for likeness takes time
+        owners = [one for one in known if name in self.tags_of(one)]
+        note = f" ({printable(name)!r} is an interval of {', '.join(owners)})" if owners else ""
+        more = ", ..." if len(self.schedules) > len(known) else ""
+        hint = (
+            f"schedules are: {', '.join(known)}{more}{note}" if known else "there are no schedules"
+        )
+        alike = "" if owners else suggestion(name, known)
+        text = f"{where}: no schedule {printable(name)!r}{alike}"
+        document.note(value.node, text, hint, *hints_for(value.node))
+        return None
+
+    def tags_of(self, schedule: str) -> Iterable[str]:
+        node = self.entries["schedule"][schedule].node
+        return node.entries if isinstance(node, Mapping) else ()
+
+    def absolute(self, source: dict[str, Value]) -> dict[str, str]:
+        """The texts of a source; its paths start at the base directory, as in 2.x."""
+        texts = texts_of(source)
+        if not texts or "base-dir" not in self.settings:
+            return texts
+        for option in Source.types()[texts["type"]].options():
+            if option.kind is PATH and option.name in texts:
+                path = os.path.join(self.settings["base-dir"].value, texts[option.name])
+                texts[option.name] = path
+                source[option.name] = replace(source[option.name], value=path)
+        return texts
+
+    def find_commas(self) -> None:
+        """Warn of commas that have become parts of values, unless that is an error already."""
+        noted = {(remark.path, remark.line, remark.column) for remark in self.remarks}
+        for document in self.documents.values():
+            for node in scalars_of(document.root):
+                place = (document.path, node.line, node.column)
+                if place not in noted:
+                    for hint in hints_for(node):
+                        document.warn(node, f"{printable(node.text)!r}: {hint}")
+
+
+def load_settings(path: str) -> Settings:
+    """The configuration at `path`.  Raises ConfigErrors, whose text is all that is wrong."""
+    return Configuration(path).load()
+
+
+def job_config(job: JobSettings) -> bytes:
+    """What the scheduler writes to the job's `config`, in the form of backy 2.5."""
+    schedule = {
+        one.tag: {"interval": format_time_span(one.every), "keep": one.keep}
+        for one in job.schedule.intervals
+    }
+    return format_yaml({"schedule": schedule, "source": job.source}).encode()
+
+
+# What is legal and yet looks like a mistake
+
+
+def can_share_extents(directory: str) -> bool | None:
+    """Whether files in `directory` can share extents; None if that cannot be tried.
+
+    It is tried with two files without names, so that nothing is left behind.
+    """
+    fds: list[int] = []
+    try:
+        for _ in range(2):
+            fds.append(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        write_all(fds[0], bytes(4096), 0)
+        clone_file(*fds)
+    except CloneUnsupported:
+        return False
+    except (OSError, BackyError):
+        return None
+    finally:
+        for fd in fds:
+            close(fd)
+    return True
+
+
+def secrets_in(root: Node) -> Iterator[Scalar]:
+    """The values of all keys that name a secret."""
+    nodes, seen = [root], {id(root)}
+    while nodes:
+        node = nodes.pop()
+        pairs = list(node.entries.values()) if isinstance(node, Mapping) else []
+        yield from (
+            value
+            for key, value in pairs
+            if isinstance(value, Scalar) and not is_null(value) and SECRET.search(key.text)
+        )
+        inside = node.items if isinstance(node, Sequence) else [value for _, value in pairs]
+        nodes += [one for one in inside if id(one) not in seen]
+        seen.update(map(id, inside))
+
+
+def is_job_directory(path: str) -> bool:
+    with suppress(OSError):
+        return any(name == "config" or name.endswith(".rev") for name in os.listdir(path))
+    return False
+
+
+def examine_files(configuration: Configuration) -> None:
+    """Warn of who may read and write the files; this needs no faultless configuration."""
+    for path, document in configuration.documents.items():
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if os.geteuid() == 0 and status.st_uid != 0:
+            text = f"it belongs to user {status.st_uid}, who decides what root reads"
+            configuration.remarks.append(Remark(text, document.path, is_error=False))
+        for node in secrets_in(document.root) if status.st_mode & 0o004 else ():
+            hint = f"chmod o-r {document.path}"
+            document.warn(node, "a secret in a file that every user may read", hint)
+
+
+class Examination:
+    """Looks at a faultless configuration for what its author may not have meant."""
+
+    def __init__(self, configuration: Configuration, settings: Settings) -> None:
+        self.configuration, self.settings = configuration, settings
+
+    def run(self) -> None:
+        """Add warnings to the remarks of the configuration."""
+        if not self.settings.jobs:
+            self.warn("it has no jobs")
+        self.base_directory()
+        self.scheduler()
+        self.schedules()
+        self.sources()
+        self.orphans()
+
+    def warn(self, text: str, *hints: str) -> None:
+        """A warning that belongs to no line."""
+        path = printable(self.settings.path)
+        self.configuration.remarks.append(Remark(text, path, hints=hints, is_error=False))
+
+    def warn_at(self, key: str, text: str, *hints: str) -> None:
+        """A warning about a setting of the scheduler, given or not."""
+        value, section = self.configuration.settings[key], self.configuration.section
+        if value.node and section:
+            section.document.warn(value.node, f"{section.key.text}: {text}", *hints)
+        else:
+            self.warn(text, *hints)
+
+    def base_directory(self) -> None:
+        base, status_file = self.settings.base_dir, self.settings.status_file
+        shown = printable(base)
+        try:
+            if not stat.S_ISDIR(os.stat(base).st_mode):
+                self.warn_at("base-dir", f"base-dir {shown} is not a directory")
+                return
+        except PermissionError:
+            return
+        except OSError as e:
+            self.warn_at("base-dir", f"base-dir {shown}: {e.strerror}")
+            return
+        if can_share_extents(base) is False:
+            hint = "keep backups on btrfs, or on XFS made with reflink=1"
+            text = f"no reflinks on the file system of {shown}: each revision takes its full size"
+            self.warn_at("base-dir", text, hint)
+        above = os.path.dirname(status_file)
+        if not os.path.isdir(above):
+            self.warn_at("status-file", f"there is no directory {printable(above)}")
+
+    def scheduler(self) -> None:
+        import ipaddress
+
+        settings, processors = self.settings, len(os.sched_getaffinity(0))
+        if settings.worker_limit > processors:
+            text = f"worker-limit is {settings.worker_limit}, and there are {processors} processors"
+            self.warn_at("worker-limit", text)
+        if settings.status_interval > timedelta(hours=1):
+            self.warn_at("status-interval", "check learns of nothing for so long")
+        for address in settings.telnet_addrs:
+            with suppress(ValueError):
+                if not ipaddress.ip_address(address).is_loopback:
+                    text = f"whoever reaches {address} can use the telnet shell, without password"
+                    self.warn_at("telnet-addrs", text)
+
+    def schedules(self) -> None:
+        used = {job.schedule.name for job in self.settings.jobs.values()}
+        for name, entry in self.configuration.entries["schedule"].items():
+            where = f"schedule {printable(name)}"
+            if name not in used:
+                entry.document.warn(entry.key, f"{where} is not used by any job")
+            nodes = entry.node.entries if isinstance(entry.node, Mapping) else {}
+            for one in self.settings.schedules[name].intervals:
+                key, _ = nodes[one.tag]
+                self.interval(entry.document, key, f"{where}.{one.tag}", one)
+
+    def interval(self, document: Document, key: Scalar, where: str, one: Interval) -> None:
+        if one.tag.startswith("manual:"):
+            document.warn(key, f"{where}: tags with manual: are for backups made by hand")
+        if not one.keep:
+            document.warn(key, f"{where}: keep is 0, so nothing with this tag ever expires")
+        years = one.every.total_seconds() * one.keep / (365.25 * 86400)
+        if years > 50:
+            text = f"{where}: {one.keep} revisions will be there only after {years:.0f} years"
+            document.warn(key, text)
+
+    def sources(self) -> None:
+        first: dict[tuple, str] = {}
+        for name, job in self.settings.jobs.items():
+            key = self.configuration.entries["job"][name].key
+            document = self.configuration.entries["job"][name].document
+            where = f"job {printable(name)}"
+            for path in self.missing_paths(job):
+                document.warn(key, f"{where}: there is no {printable(path)}")
+            other = first.setdefault(self.identity(job), name)
+            if other != name:
+                document.warn(key, f"{where} has the same source as job {printable(other)}")
+
+    def paths(self, job: JobSettings) -> list[str]:
+        options = Source.types()[job.source["type"]].options()
+        return [one.name for one in options if one.kind is PATH and one.name in job.source]
+
+    def missing_paths(self, job: JobSettings) -> Iterator[str]:
+        for name in self.paths(job):
+            try:
+                os.stat(job.source[name])
+            except (FileNotFoundError, NotADirectoryError):
+                yield job.source[name]
+            except OSError:  # perhaps we may not look there
+                pass
+
+    def identity(self, job: JobSettings) -> tuple:
+        """What is equal for two jobs that read the same image."""
+        common = {one.name for one in SOURCE_OPTIONS}
+        paths = self.paths(job)
+        own = (
+            (name, os.path.realpath(text) if name in paths else text)
+            for name, text in sorted(job.source.items())
+            if name not in common and name != "cow" and not SECRET.search(name)
+        )
+        return (job.source["type"], *own)
+
+    def orphans(self) -> None:
+        """Directories of jobs that are configured no more."""
+        names = []
+        with suppress(OSError), os.scandir(self.settings.base_dir) as entries:
+            for entry in entries:
+                if entry.name in self.settings.jobs or entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False) and is_job_directory(entry.path):
+                    names.append(entry.name)
+        shown = [printable(os.path.join(self.settings.base_dir, name)) for name in sorted(names)]
+        for path in shown[:20]:
+            self.warn(f"{path} belongs to no job", "nothing in it expires or is backed up")
+        if shown[20:]:
+            self.warn(f"{len(shown) - 20} more directories belong to no job")
+
+
+# What holds, and where that was said
+
+
+def show_value(option: Option, value: Value) -> str:
+    """A value as it would be written in a file."""
+    if option.is_secret:
+        return HIDDEN
+    if isinstance(value.value, str) or option.kind.is_list:
+        return format_scalar(option.kind.format(value.value))
+    return option.kind.format(value.value)
+
+
+def value_json(option: Option, value: Value) -> dict[str, Any]:
+    plain = value.value
+    if isinstance(plain, timedelta):
+        plain = int(plain.total_seconds())
+    elif isinstance(plain, Space):
+        plain = str(plain)
+    return {"value": HIDDEN if option.is_secret else plain, "from": value.place}
+
+
+class Overview:
+    """A configuration with its defaults, as a tree of (option, value)."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+
+    def tree(self) -> dict[str, Any]:
+        entries = self.configuration.entries
+        settings = self.configuration.settings
+        return {
+            "global": self.leaves(GLOBAL_OPTIONS, settings),
+            "schedules": {name: self.schedule(one) for name, one in entries["schedule"].items()},
+            "jobs": {name: self.job(name) for name in entries["job"]},
+        }
+
+    @staticmethod
+    def leaves(options: Iterable[Option], values: dict[str, Value]) -> dict[str, Any]:
+        return {one.name: (one, values[one.name]) for one in options if one.name in values}
+
+    def schedule(self, entry: Entry) -> dict[str, Any]:
+        return {
+            tag: self.leaves(INTERVAL_OPTIONS, entry.document.section(node, INTERVAL_OPTIONS, ""))
+            for tag, (_, node) in entry.document.entries(entry.node, "").items()
+        }
+
+    def job(self, name: str) -> dict[str, Any]:
+        values, source = self.configuration.jobs[name], self.configuration.sources[name]
+        kind = Source.types()[source["type"].value]
+        return {
+            **self.leaves((one for one in JOB_OPTIONS if one.name != "source"), values),
+            "source": self.leaves(kind.options(), source),
+        }
+
+    def json(self, tree: Any = None) -> Any:
+        tree = self.tree() if tree is None else tree
+        if isinstance(tree, tuple):
+            return value_json(*tree)
+        return {name: self.json(part) for name, part in tree.items()}
+
+    def lines(self, tree: dict[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+        """What a file with all this would have, and where each line is from."""
+        for name, part in tree.items():
+            key = f"{indent}{format_scalar(name)}:"
+            if isinstance(part, tuple):
+                yield f"{key} {show_value(*part)}", part[1].place
+            else:
+                yield key if part else f"{key} {{}}", ""
+                yield from self.lines(part, indent + "    ")
+
+    def text(self) -> str:
+        lines = list(self.lines(self.tree()))
+        width = max(len(line) for line, _ in lines)
+        width = min(width, 60)
+        return "".join(
+            f"{line:{width}}  # {place}\n" if place else f"{line}\n" for line, place in lines
+        )
+
+
+# ==== Plan ===================================================================
+#
+# The coming runs of jobs, and which revisions these will leave, by the functions
+# that the scheduler and `expire` themselves use.  Every run is taken to be started
+# in time and to end well.
+
+SHOWN_RUNS = 100
+LISTED_RUNS = 10_000  # in JSON
+COUNTED_RUNS = 100_000
+SIMULATED_RUNS = 1_000_000
+
+
+class Run(NamedTuple):
+    """A coming backup, and why it is made then."""
+
+    moment: datetime
+    job: str
+    tags: tuple[str, ...]
+    reason: str
+
+
+def past_of(revisions: Iterable[Revision]) -> list[Past]:
+    """What the revisions say of a job's past; one without its image says nothing."""
+    usable = (one for one in revisions if one.is_complete and not one.problem)
+    return [Past(one.timestamp, one.tags, one.duration or 0.0) for one in usable]
+
+
+def remember(past: list[Past], run: Past, schedule: Schedule) -> list[Past]:
+    """`past` with `run`, and without what says nothing beside it: so it stays short."""
+    rest = set(schedule.tags).difference(run.tags)
+    return [*(one for one in past if not rest.isdisjoint(one.tags)), run]
+
+
+def explain_run(run: Run, schedule: Schedule) -> str:
+    """The reason of a run; of a regular time also its intervals, and where in them it lies."""
+    spread = spread_of(run.job, schedule)
+    moment, tags = next_time(schedule, spread, run.moment - MICROSECOND)
+    if moment != run.moment:
+        return run.reason
+    spans = [format_time_span(one.every) for one in schedule.intervals if one.tag in tags]
+    return f"{run.reason} (every {', '.join(spans)}; spread {format_clock(spread)})"
+
+
+def coming_runs(
+    job: str, schedule: Schedule, past: list[Past], now: datetime, until: datetime
+) -> Iterator[Run]:
+    """The runs of one job up to `until`, in order."""
+    spread = spread_of(job, schedule)
+    while True:
+        moment, tags, reason = next_run(schedule, spread, past, now)
+        if moment > until:
+            return
+        yield Run(moment, job, tags, reason)
+        past, now = remember(past, Past(moment, tags, 0.0), schedule), moment
+
+
+def coming_runs_of_all(
+    jobs: Iterable[tuple[JobSettings, list[Past]]], now: datetime, until: datetime
+) -> Iterator[Run]:
+    """The same of several jobs, in the order of time."""
+    runs = [coming_runs(job.name, job.schedule, past, now, until) for job, past in jobs]
+    return heapq.merge(*runs, key=lambda run: run.moment)
+
+
+class Simulation:
+    """The revisions of one job as its runs and the retention after each of them make them.
+
+    A tag that is over stays over, so it does not matter when that is looked at: here
+    whenever the number of revisions has doubled, which takes seconds where doing it
+    after every run would take an hour.
+    """
+
+    def __init__(self, job: str, schedule: Schedule, revisions: ListLike[Revision]) -> None:
+        self.job, self.schedule = job, schedule
+        self.revisions = [one for one in revisions if one.is_complete]
+        self.runs = 0
+        self.enough = 0
+
+    def run(self, now: datetime, until: datetime) -> list[Verdict]:
+        """Let time pass; the verdicts on what is there at the end."""
+        past, judged_at = past_of(self.revisions), now
+        for run in coming_runs(self.job, self.schedule, past, now, until):
+            self.runs += 1
+            self.revisions.append(self.made_by(run))
+            judged_at = run.moment
+            if len(self.revisions) > self.enough:
+                self.expire(judged_at)
+        self.expire(judged_at)
+        return judge_revisions(self.revisions, self.schedule, judged_at)
+
+    def made_by(self, run: Run) -> Revision:
+        newest = self.revisions[-1].clock + 1 if self.revisions else 0
+        clock = max(newest, epoch_microseconds(run.moment))
+        return Revision("", run.moment, clock, tuple(sorted(run.tags)), duration=0.0)
+
+    def expire(self, now: datetime) -> None:
+        verdicts = judge_revisions(self.revisions, self.schedule, now)
+        self.revisions = [replace(one.revision, tags=one.tags) for one in verdicts if one.keep]
+        self.enough = 2 * len(self.revisions) + 50
+
+
+def count_runs(schedule: Schedule, span: timedelta) -> int:
+    """How many runs there are in `span` at most."""
+    return sum(span // one.every + 2 for one in schedule.intervals)
+
+
+# ==== Loop ===================================================================
+#
+# One thread that waits for files, for moments and for signals, all at once.  What
+# it calls must not block.
+
+
+class Timer:
+    """An action that is due at a moment, unless it is cancelled before."""
+
+    def __init__(self, moment: float, action: Callable[[], None]) -> None:
+        self.moment, self.action = moment, action
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Loop:
+    """Wait, and call; `turn()` again and again is the life of a daemon."""
+
+    def __init__(self) -> None:
+        import selectors
+
+        self.selector = selectors.DefaultSelector()
+        self.timers: list[tuple[float, int, Timer]] = []
+        self.numbers = itertools.count()  # timers of one moment go in their order
+
+    def close(self) -> None:
+        self.selector.close()
+
+    def watch(self, file: Any, events: int, ready: Callable[[int], None]) -> None:
+        """Call `ready` with the events (EVENT_READ, EVENT_WRITE) once `file` has some."""
+        try:
+            self.selector.modify(file, events, ready)
+        except KeyError:
+            self.selector.register(file, events, ready)
+
+    def forget(self, file: Any) -> None:
+        with suppress(KeyError, ValueError):
+            self.selector.unregister(file)
+
+    def call_at(self, moment: float, action: Callable[[], None]) -> Timer:
+        """Call `action` at `moment`, by time.monotonic()."""
+        timer = Timer(moment, action)
+        heapq.heappush(self.timers, (moment, next(self.numbers), timer))
+        return timer
+
+    def call_in(self, seconds: float, action: Callable[[], None]) -> Timer:
+        return self.call_at(time.monotonic() + seconds, action)
+
+    def turn(self, most: float = 60.0) -> None:
+        """Wait until something happens, at most so many seconds, and let it happen."""
+        while self.timers and self.timers[0][2].is_cancelled:
+            heapq.heappop(self.timers)
+        if self.timers:
+            most = min(most, max(0.0, self.timers[0][0] - time.monotonic()))
+        for key, events in self.selector.select(most):
+            if self.selector.get_map().get(key.fd) is key:  # not forgotten meanwhile
+                key.data(events)
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            timer = heapq.heappop(self.timers)[2]
+            if not timer.is_cancelled:
+                timer.action()
+
+
+# ==== Timetable ==============================================================
+#
+# What is started when, and what waits for what.  It asks no clock, starts nothing
+# and touches no file: it is told the time and what became of a run.  The life of a
+# job:
+#
+#   waiting, failed  -- its moment comes -->  queued  -- a slot is free -->  running
+#   running  -- success, failure, somebody else has it -->  waiting, failed
+#   running  -- given up, since nothing ends it -->  stuck  -- it ends after all -->  failed
+#
+# Jobs whose last revision took less than ten minutes never wait for a slot behind
+# long ones: as long as there are such jobs, long ones leave one slot of two or more
+# free.  Otherwise the one that has waited longest comes first.
+
+LONG_RUN = 600.0  # seconds
+FORGET_ABSENT = timedelta(days=30)  # of a job that has left the configuration
+LATE = timedelta(minutes=1)
+SECOND = timedelta(seconds=1)
+BUSY_PAUSE = timedelta(seconds=30)  # before asking again whether somebody else is through
+
+
+class State(Enum):
+    """What a job is at, in the words of backy 2.x."""
+
+    WAITING = "waiting for deadline"
+    QUEUED = "queued for execution"
+    RUNNING = "running"
+    FAILED = "failed"
+    STUCK = "stuck"
+
+
+class TimedJob:
+    """One job, and all that its times are reckoned from."""
+
+    def __init__(self, name: str, schedule: Schedule, first_seen: datetime) -> None:
+        self.name, self.first_seen = name, first_seen
+        self.set_schedule(schedule)
+        self.is_known = False  # what is on the disk
+        self.past: list[Past] = []
+        self.failures = 0  # in a row
+        self.last_error = ""
+        self.not_before: datetime | None = None
+        self.owed: tuple[str, ...] = ()  # the tags of the run that failed
+        self.state = State.WAITING
+        self.due: datetime | None = None
+        self.tags: tuple[str, ...] = ()
+        self.reason = ""
+        self.started: datetime | None = None
+        self.is_long = True
+        self.runs_again = False  # asked for by hand while it ran
+        self.is_first = False  # in its queue
+        self.ticket = 0  # its only valid entry in a heap
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.shortest, self.schedule_tags = schedule.shortest, schedule.tags
+        self.spread = spread_of(self.name, schedule)
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in (State.RUNNING, State.STUCK)
+
+    @property
+    def awaited(self) -> datetime:
+        """When a revision was last wanted in vain; who has waited longest goes first."""
+        basis = self.past[-1].moment + self.shortest if self.past else self.first_seen
+        return max(basis, self.not_before) if self.not_before else basis
+
+    def overdue_since(self, now: datetime) -> datetime | None:
+        return overdue_since(self.schedule, self.past, self.first_seen, now)
+
+    def late_at(self, now: datetime) -> datetime:
+        """When it will be overdue if nothing happens."""
+        moments = (one.moment for one in self.past if one.moment <= now + FUTURE)
+        return max(moments, default=self.first_seen) + 1.5 * self.shortest
+
+    def reckon(self, now: datetime) -> None:
+        """Find out when it is next due, and with which tags."""
+        if self.past and now < self.past[-1].moment <= now + self.shortest / 2:
+            now = self.past[-1].moment  # the clock went back: nothing is run twice for that
+        self.due, self.tags, self.reason = next_run(self.schedule, self.spread, self.past, now)
+        if self.owed:
+            self.due, self.reason = now, "again after a failure"
+            self.add_tags(self.owed, now)
+        elif not self.past and next_time(self.schedule, self.spread, self.first_seen)[0] <= now:
+            self.due, self.reason = now, "its first time has passed"
+        if self.not_before:
+            pause = back_off(self.failures) if self.failures else BUSY_PAUSE
+            self.not_before = min(self.not_before, now + pause)  # the clock may have gone back
+            self.due = max(self.due, self.not_before)
+
+    def add_tags(self, tags: tuple[str, ...], now: datetime) -> None:
+        """Let the next run have `tags`, and what has been missed meanwhile."""
+        wanted = {*tags, *missed_tags(self.schedule, self.past, now)}
+        self.tags = tuple(tag for tag in self.schedule_tags if tag in wanted) or self.tags
+
+    def look_at(self, now: datetime) -> datetime:
+        """When something has to be decided: it is due, or a tag has then been missed."""
+        moment = self.due
+        for interval in self.schedule.intervals:
+            for one in reversed(self.past):
+                if interval.tag in one.tags:
+                    missed = one.moment + interval.every + SECOND
+                    if now < missed < moment:
+                        moment = missed
+                    break
+        return moment
+
+    def succeed(self, tags: tuple[str, ...]) -> None:
+        """There is a new revision with these tags."""
+        self.failures, self.not_before, self.last_error = 0, None, ""
+        self.owed = tuple(tag for tag in self.owed if tag not in tags)
+
+    def fail(self, error: str, now: datetime) -> None:
+        """There is none.  Without an error somebody else holds the job, who may make one."""
+        self.owed = self.tags
+        if error:
+            self.failures += 1
+            self.last_error = error
+        self.not_before = now + (back_off(self.failures) if error else BUSY_PAUSE)
+
+    def remember(self) -> dict[str, Any]:
+        """What must survive the program."""
+        kept: dict[str, Any] = {"first_seen": self.first_seen.isoformat()}
+        if self.failures and self.not_before:
+            kept["failures"] = self.failures
+            kept["not_before"] = self.not_before.isoformat()
+            kept["last_error"] = self.last_error
+        return kept
+
+    def recall(self, kept: dict[str, Any], now: datetime) -> None:
+        """Take over what was remembered.  Raises KeyError, TypeError, ValueError if it is odd."""
+        first_seen = decode_timestamp(datetime.fromisoformat(kept["first_seen"]))
+        self.first_seen = min(first_seen, now)
+        if "failures" in kept:
+            not_before = decode_timestamp(datetime.fromisoformat(kept["not_before"]))
+            self.failures, self.not_before = max(1, int(kept["failures"])), not_before
+            self.last_error = str(kept["last_error"])
+
+
+def newest_of_each(tags: ListLike[str], past: ListLike[Past]) -> list[Past]:
+    """The revisions that anything is reckoned from: the newest, and the newest of each tag."""
+    kept = list(past[-1:])
+    wanted = set(tags)
+    for one in reversed(past):
+        if not wanted:
+            break
+        if not wanted.isdisjoint(one.tags):
+            wanted.difference_update(one.tags)
+            if one is not kept[0]:
+                kept.append(one)
+    return kept[::-1]
+
+
+class Timetable:
+    """All jobs, when they are due, and who gets a slot."""
+
+    def __init__(self, limit: int = 1) -> None:
+        self.limit = limit
+        self.jobs: dict[str, TimedJob] = {}
+        self.leaving: dict[str, TimedJob] = {}  # not configured any more, but still active
+        self.absent: dict[str, dict[str, Any]] = {}  # remembered of jobs that are not configured
+        self.waiting: list[tuple[datetime, int, TimedJob]] = []
+        # by is_long
+        self.queues: dict[bool, list[tuple[bool, datetime, int, TimedJob]]] = {False: [], True: []}
+        self.running = self.running_long = self.queued = self.stuck = self.short_jobs = 0
+        self.changed: set[str] = set()  # names; for who shows them, and takes them out
+        self.tickets = itertools.count(1)
+
+    # -- what is configured -----------------------------------------------------
+
+    def configure(self, schedules: dict[str, Schedule], limit: int, now: datetime) -> None:
+        """These jobs are configured now, and no others."""
+        self.limit = limit
+        for name in [name for name in self.jobs if name not in schedules]:
+            job = self.jobs.pop(name)
+            self.absent[name] = {**job.remember(), "absent_since": now.isoformat()}
+            if job.is_active:
+                self.leaving[name] = job
+        for name, schedule in schedules.items():
+            job = (
+                self.jobs.get(name) or self.leaving.pop(name, None) or self.new(name, schedule, now)
+            )
+            self.absent.pop(name, None)
+            self.jobs[name] = job
+            if schedule != job.schedule:
+                job.set_schedule(schedule)
+                if job.state is State.QUEUED:
+                    job.state = State.WAITING
+                self.place(job, now)
+        self.jobs = {name: self.jobs[name] for name in schedules}
+        for heap in (self.waiting, *self.queues.values()):
+            heap[:] = [entry for entry in heap if self.is_valid(entry)]
+            heapq.heapify(heap)
+        self.count()
+
+    def is_valid(self, entry: Any) -> bool:
+        """Whether an entry of a heap still stands for its job."""
+        *_, ticket, job = entry
+        return ticket == job.ticket and self.jobs.get(job.name) is job
+
+    def new(self, name: str, schedule: Schedule, now: datetime) -> TimedJob:
+        job = TimedJob(name, schedule, now)
+        with suppress(KeyError, TypeError, ValueError, OverflowError):
+            job.recall(self.absent[name], now)
+        return job
+
+    def count(self) -> None:
+        jobs = [*self.jobs.values(), *self.leaving.values()]
+        running = [job for job in jobs if job.state is State.RUNNING]
+        self.running, self.running_long = len(running), sum(job.is_long for job in running)
+        self.queued = sum(job.state is State.QUEUED for job in jobs)
+        self.stuck = sum(job.state is State.STUCK for job in jobs)
+        self.short_jobs = sum(not job.is_long for job in jobs)
+
+    def remember(self) -> dict[str, dict[str, Any]]:
+        """By name, what must survive the program."""
+        return {**self.absent, **{name: job.remember() for name, job in self.jobs.items()}}
+
+    def recall(self, kept: object, now: datetime) -> None:
+        """Take over what another timetable remembered, before the jobs are configured."""
+        for name, one in kept.items() if isinstance(kept, dict) else ():
+            if isinstance(one, dict):
+                since = str(one.get("absent_since") or now.isoformat())
+                with suppress(ValueError):
+                    if decode_timestamp(datetime.fromisoformat(since)) > now - FORGET_ABSENT:
+                        self.absent[name] = {**one, "absent_since": since}
+
+    # -- what is known ----------------------------------------------------------
+
+    def learn(self, name: str, past: ListLike[Past], now: datetime) -> None:
+        """These are the complete revisions of the job, oldest first."""
+        job = self.jobs.get(name) or self.leaving.get(name)
+        if job is None:
+            return
+        newest = job.past[-1:]
+        job.past = newest_of_each(job.schedule_tags, past)
+        if job.is_known and job.past and job.past[-1:] != newest and not job.is_active:
+            job.succeed(job.past[-1].tags)  # by hand
+        job.is_known = True
+        if not job.is_active:
+            self.short_jobs += job.is_long
+            job.is_long = not job.past or job.past[-1].duration >= LONG_RUN
+            self.short_jobs -= job.is_long
+            self.place(job, now)
+
+    def place(self, job: TimedJob, now: datetime) -> None:
+        """Reckon anew when a job that does not run is due."""
+        self.changed.add(job.name)
+        if job.is_active or not job.is_known:
+            return
+        if job.state is not State.QUEUED:
+            job.reckon(now)
+            job.state = State.FAILED if job.failures else State.WAITING
+        if job.runs_again:
+            self.queue_by_hand(job, now)
+        else:
+            self.enter(job, now)
+
+    def enter(self, job: TimedJob, now: datetime) -> None:
+        """Put a job where its state belongs; an older entry of it is void."""
+        job.ticket = next(self.tickets)
+        if job.state is State.QUEUED:
+            entry = (not job.is_first, job.awaited, job.ticket, job)
+            heapq.heappush(self.queues[job.is_long], entry)
+        elif job.due and not job.is_active:
+            heapq.heappush(self.waiting, (job.look_at(now), job.ticket, job))
+
+    def reckon_anew(self, now: datetime, names: Iterable[str] = ()) -> None:
+        """The clock was set: what the other clock said may be due far too late."""
+        for name in names or self.jobs:
+            job = self.jobs.get(name)
+            if job:
+                job.first_seen = min(job.first_seen, now)
+                self.place(job, now)
+
+    # -- what happens -----------------------------------------------------------
+
+    def next_moment(self) -> datetime | None:
+        """When something has to be decided next, but for what waits for a slot."""
+        while self.waiting and self.waiting[0][1] != self.waiting[0][2].ticket:
+            heapq.heappop(self.waiting)
+        return self.waiting[0][0] if self.waiting else None
+
+    def run(self, name: str, now: datetime, first: bool = True) -> bool:
+        """Let a job run as soon as there is a slot, or again if it runs; False: no such job."""
+        job = self.jobs.get(name)
+        if job is None:
+            return False
+        job.runs_again = True
+        if job.is_known and not job.is_active:
+            self.queue_by_hand(job, now, first)
+        return True
+
+    def queue_by_hand(self, job: TimedJob, now: datetime, first: bool = True) -> None:
+        job.runs_again, job.reason = False, "by hand"
+        self.queue(job, now, first)
+
+    def queue(self, job: TimedJob, now: datetime, first: bool = False) -> None:
+        self.changed.add(job.name)
+        self.queued += job.state is not State.QUEUED
+        job.state, job.is_first = State.QUEUED, first
+        self.enter(job, now)
+
+    def start(self, now: datetime) -> list[TimedJob]:
+        """The jobs to start now; from here on they run."""
+        while True:
+            moment = self.next_moment()
+            if moment is None or moment > now:
+                break
+            job = heapq.heappop(self.waiting)[2]
+            if job.due > now:
+                self.place(job, now)
+                continue
+            if now - job.due > LATE:  # the host slept, or the clock was set
+                job.add_tags(job.tags, now)
+            self.queue(job, now)
+        started = []
+        while self.queued and self.running < self.limit:
+            job = self.next_in_queue()
+            if job is None:
+                break
+            job.state, job.started = State.RUNNING, now
+            job.ticket = 0
+            self.changed.add(job.name)
+            self.queued -= 1
+            self.running += 1
+            self.running_long += job.is_long
+            started.append(job)
+        return started
+
+    def next_in_queue(self) -> TimedJob | None:
+        """Take the job that has waited longest, of those that may have a slot."""
+        kept_free = 1 if self.limit > 1 and self.short_jobs else 0
+        heads = []
+        for is_long, queue in self.queues.items():
+            while queue and queue[0][2] != queue[0][3].ticket:
+                heapq.heappop(queue)
+            if queue and not (is_long and self.running_long >= self.limit - kept_free):
+                heads.append(queue)
+        return heapq.heappop(min(heads, key=lambda queue: queue[0][:3]))[3] if heads else None
+
+    def adopt(self, name: str, started: datetime) -> bool:
+        """The job runs already: an earlier life of the scheduler has started it."""
+        job = self.jobs.get(name)
+        if job is None or job.is_active:
+            return False
+        self.queued -= job.state is State.QUEUED
+        job.state, job.started, job.ticket = State.RUNNING, started, 0
+        self.changed.add(name)
+        self.running += 1
+        self.running_long += job.is_long
+        return True
+
+    def give_up(self, name: str) -> None:
+        """Nothing ends the run, so its slot is for others now."""
+        job = self.jobs.get(name) or self.leaving[name]
+        self.free_slot(job)
+        job.state = State.STUCK
+        self.changed.add(name)
+        self.stuck += 1
+
+    def free_slot(self, job: TimedJob) -> None:
+        if job.state is State.RUNNING:
+            self.running -= 1
+            self.running_long -= job.is_long
+        else:
+            self.stuck -= 1
+
+    def finish(self, name: str, error: str | None, past: ListLike[Past], now: datetime) -> None:
+        """A run has ended: with success, with an error, or before it began (`error` is "").
+
+        The last means that somebody else holds the job, which is no failure of it.
+        """
+        job = self.jobs.get(name) or self.leaving.pop(name)
+        self.free_slot(job)
+        if error is None:
+            job.succeed(job.tags)
+        else:
+            job.fail(error, now)
+        if name in self.jobs:
+            job.past, job.is_known = list(past[-1:]), True  # so that it is not taken for by hand
+            job.state, job.started = State.WAITING, None
+            self.learn(name, past, now)
+        else:
+            self.short_jobs -= not job.is_long
+
+
+# ==== Shell ==================================================================
+#
+# Whoever reaches the telnet port may look at the jobs, and touch them only if that
+# is configured.  Nothing a client sends, or does not read, holds up the loop: bytes
+# are taken in small portions, one turn of the loop does one short step of one
+# session's work, and sessions, lines, patterns, output and time all have a limit.
+
+MAX_SHELL_SESSIONS = 16
+MAX_SHELL_LINE = KiB
+MAX_SHELL_PATTERN = 256  # characters
+MAX_SHELL_QUEUE = 32  # lines that wait to be answered; then no more are read
+MAX_SHELL_OUTPUT = 256 * KiB  # what may wait for a client; one that lets more wait is dropped
+SHELL_WATERMARK = 64 * KiB  # no table is continued while more than this waits
+SHELL_SLICE = 0.01  # seconds of work in one turn of the loop
+SHELL_PATTERN_TIME = 0.05  # seconds for one pattern on all names
+SHELL_IDLE = 300.0  # seconds since the last line
+SHELL_SILENT = 60.0  # seconds for the first line
+SHELL_SETTLED = 10.0  # a silent session this old makes way for a new one
+SHELL_STALLED = 30.0  # seconds in which a client read nothing of what waits for it
+SHELL_BATCH = 100  # jobs between two looks at the clock
+
+JOB_COLUMNS = ("Job", "SLA", "Status", "Last Backup (UTC)", "Last Tags", "Last Dur")
+JOB_COLUMNS += ("Next Backup (UTC)", "Next Tags")
+JOB_KEYS_SHOWN = ("job", "sla", "status", "last_time", "last_tags", "last_duration")
+JOB_KEYS_SHOWN += ("next_time", "next_tags")
+
+# What replies of the shell begin with when nothing was done.
+SHELL_FAILURE = re.compile(r"error: |Usage: |Unknown job |Reload refused: |.*: command not found\.")
+
+
+class TimeUp(Exception):
+    """What was to be done took longer than it may."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp inside when it takes longer; also inside a pattern that never ends.
+
+    Only in the main thread.  Nested one in the other, the inner one wins.
+    """
+    armed = True
+
+    def expire(*_: object) -> None:
+        if armed:
+            raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:  # two of them: the signal may come between the end of the work and `armed = False`
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+            yield
+        finally:
+            armed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Raises BackyError for what is no regular expression."""
+    import warnings
+
+    if len(pattern) > MAX_SHELL_PATTERN:
+        raise BackyError(f"a pattern of more than {MAX_SHELL_PATTERN} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they would go to the log of the daemon
+            return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise BackyError(f"{printable(pattern)!r} is no regular expression: {e}") from e
+
+
+# Telnet: RFC 854 and 855.  We offer no option and accept none, so that the client
+# stays in its line mode: it echoes and edits, and sends whole lines.
+
+TELNET_EOF, TELNET_SE, TELNET_BREAK, TELNET_INTERRUPT = 236, 240, 243, 244
+TELNET_ABORT_OUTPUT, TELNET_ARE_YOU_THERE, TELNET_ERASE_CHARACTER = 245, 246, 247
+TELNET_ERASE_LINE, TELNET_SB, TELNET_WILL, TELNET_WONT = 248, 250, 251, 252
+TELNET_DO, TELNET_DONT, TELNET_IAC = 253, 254, 255
+REFUSAL = {TELNET_DO: TELNET_WONT, TELNET_WILL: TELNET_DONT}
+
+
+class Key(Enum):
+    """What a client says beside lines."""
+
+    INTERRUPT = "^C"
+    STOP_OUTPUT = "abort output"
+    ARE_YOU_THERE = "are you there"
+    TOO_LONG = "a line longer than may be"
+    END = "^D"
+
+
+TELNET_KEYS = {
+    TELNET_EOF: Key.END,
+    TELNET_BREAK: Key.INTERRUPT,
+    TELNET_INTERRUPT: Key.INTERRUPT,
+    TELNET_ABORT_OUTPUT: Key.STOP_OUTPUT,
+    TELNET_ARE_YOU_THERE: Key.ARE_YOU_THERE,
+}
+
+
+class LineReader:
+    """Bytes from a telnet client to lines and keys, byte by byte, in five states."""
+
+    def __init__(self) -> None:
+        self.line = bytearray()
+        self.is_too_long = self.after_return = False
+        self.verb = 0
+        self.found: list[str | Key] = []
+        self.answers = bytearray()
+        self.state = self.text
+
+    def read(self, received: bytes) -> tuple[list[str | Key], bytes]:
+        """The lines and keys that are complete now, and what telnet wants to be answered."""
+        for byte in received:
+            self.state = self.state(byte)
+        found, self.found = self.found, []
+        answers, self.answers = bytes(self.answers), bytearray()
+        return found, answers
+
+    def text(self, byte: int) -> Callable[[int], Any]:
+        if byte == TELNET_IAC:
+            return self.command
+        after_return, self.after_return = self.after_return, byte == 13
+        if byte in (10, 13):
+            if byte == 13 or not after_return:
+                self.end_line()
+        elif byte == 3:
+            self.press(Key.INTERRUPT)
+        elif byte == 4:
+            self.press(Key.END)
+        elif byte in (8, 127):
+            del self.line[-1:]
+        elif byte:  # NUL is for printers; behind a CR it belongs to the line end
+            self.add(byte)
+        return self.text
+
+    def add(self, byte: int) -> None:
+        if len(self.line) < MAX_SHELL_LINE:
+            self.line.append(byte)
+        else:
+            self.is_too_long = True
+
+    def end_line(self) -> None:
+        line = self.line.decode("utf-8", "replace")
+        self.found.append(Key.TOO_LONG if self.is_too_long else line)
+        self.drop_line()
+
+    def drop_line(self) -> None:
+        self.line.clear()
+        self.is_too_long = False
+
+    def press(self, key: Key) -> None:
+        if key is Key.INTERRUPT:
+            self.drop_line()
+        self.found.append(key)
+
+    def command(self, byte: int) -> Callable[[int], Any]:
+        if TELNET_WILL <= byte <= TELNET_DONT:
+            self.verb = byte
+            return self.option
+        if byte == TELNET_SB:
+            return self.subnegotiation
+        if byte == TELNET_IAC:
+            self.add(byte)
+        elif byte == TELNET_ERASE_LINE:
+            self.drop_line()
+        elif byte == TELNET_ERASE_CHARACTER:
+            del self.line[-1:]
+        elif byte in TELNET_KEYS:
+            self.press(TELNET_KEYS[byte])
+        return self.text
+
+    def option(self, byte: int) -> Callable[[int], Any]:
+        """Refuse what is asked for or offered; WONT and DONT are no questions."""
+        if self.verb in REFUSAL:
+            self.answers += bytes((TELNET_IAC, REFUSAL[self.verb], byte))
+        return self.text
+
+    def subnegotiation(self, byte: int) -> Callable[[int], Any]:
+        return self.subnegotiation_command if byte == TELNET_IAC else self.subnegotiation
+
+    def subnegotiation_command(self, byte: int) -> Callable[[int], Any]:
+        return self.text if byte == TELNET_SE else self.subnegotiation
+
+
+# Commands: each yields its reply in pieces, so that a long one can be interrupted
+# by whatever else the loop has to do.  An empty piece is nothing but a pause.
+
+
+class ShellHost:
+    """What the shell knows of the daemon."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The entries of the status file, as they would be written now."""
+        raise NotImplementedError
+
+    def run(self, job: str) -> bool:
+        """Let a job run now; False if there is none of that name."""
+        raise NotImplementedError
+
+    def run_all(self) -> list[str]:
+        """Let all jobs run now; their names."""
+        raise NotImplementedError
+
+    def reload(self) -> str:
+        """Read the configuration again; what is wrong with it, or nothing."""
+        raise NotImplementedError
+
+
+def job_cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table of jobs; times without the UTC that stands in the header."""
+    cells = []
+    for key in JOB_KEYS_SHOWN:
+        value = row.get(key)
+        text = "-" if value is None else printable(value)[:200]
+        cells.append(text[:-4] if key.endswith("_time") and text.endswith(" UTC") else text)
+    return cells
+
+
+def table_of_jobs(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The same as format_table() makes, in pieces."""
+    widths = [len(column) for column in JOB_COLUMNS]
+    is_right = [column == "Last Dur" for column in JOB_COLUMNS]
+    lines = []
+    for at, row in enumerate(rows, 1):
+        lines.append(job_cells(row))
+        widths = [max(width, len(cell)) for width, cell in zip(widths, lines[-1])]
+        if at % SHELL_BATCH == 0:
+            yield ""
+    rule = table_rule(widths)
+    yield rule + table_line(JOB_COLUMNS, widths, is_right) + rule
+    for at in range(0, len(lines), SHELL_BATCH):
+        batch = lines[at : at + SHELL_BATCH]
+        yield "".join(table_line(cells, widths, is_right) for cells in batch)
+    yield rule
+
+
+def centred(text: str, width: int) -> str:
+    """An odd blank goes behind a text of odd length, before an even one, as in 2.x."""
+    left = (width - len(text) + (len(text) + 1) % 2) // 2
+    return " " * left + text + " " * (width - len(text) - left)
+
+
+def table_of_states(rows: list[dict[str, Any]]) -> str:
+    """How many jobs are in which state."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        state = printable(row.get("status", "-"))[:200]
+        counts[state] = counts.get(state, 0) + 1
+    table = [("Status", "#"), *((state, str(counts[state])) for state in sorted(counts))]
+    widths = [max(map(len, cells)) for cells in zip(*table)]
+    header, *lines = [
+        table_line([centred(*one) for one in zip(cells, widths)], widths, (False, False))
+        for cells in table
+    ]
+    rule = table_rule(widths)
+    return rule + header + rule + "".join(lines) + rule
+
+
+def split_commands(line: str) -> list[list[str]]:
+    """The words of each command; `;` separates commands, quotes keep blanks in a word."""
+    commands: list[list[str]] = [[]]
+    for quoted, double, word in re.findall(r"'([^']*)'|\"([^\"]*)\"|(;|[^\s;]+)", line):
+        if word == ";":
+            commands.append([])
+        else:
+            commands[-1].append(quoted or double or word)
+    return [words for words in commands if words]
+
+
+SHELL_LOOKS = {
+    "jobs": ("[REGEX]", "list all jobs, or those in whose name REGEX is found"),
+    "status": ("", "how many jobs are in which state"),
+    "help": ("", "this list"),
+    "quit": ("", "end the session"),
+}
+SHELL_TOUCHES = {
+    "run": ("JOB", "run a job now"),
+    "runall": ("", "run all jobs now"),
+    "reload": ("", "read the configuration again"),
+}
+SHELL_WORDS = {**SHELL_LOOKS, **SHELL_TOUCHES}
+SHELL_QUITS = ("quit", "exit")
+
+
+class ShellCommands:
+    """What can be typed; a method for each word."""
+
+    def __init__(self, host: ShellHost, control: bool) -> None:
+        self.host, self.control = host, control
+
+    def reply(self, words: list[str]) -> Iterator[str]:
+        """Raises BackyError, or whatever the daemon has for a bug."""
+        name, *arguments = words
+        if name not in SHELL_WORDS:
+            yield f"{printable(name)[:80]}: command not found.\n"
+            return
+        if name in SHELL_TOUCHES and not self.control:
+            yield f"error: {name} is not allowed; 'telnet-control: yes' in backy.conf allows it\n"
+            return
+        form = SHELL_WORDS[name][0]
+        if len(arguments) not in {"": (0,), "JOB": (1,)}.get(form, (0, 1)):
+            yield f"Usage: {name} {form}".rstrip() + "\n"
+            return
+        yield from getattr(self, name)(*arguments)
+
+    def jobs(self, pattern: str = "") -> Iterator[str]:
+        rows = sorted(self.host.rows(), key=lambda row: str(row.get("job")))
+        yield self.refused_reload(rows)
+        if pattern:
+            rows = yield from self.matching(rows, pattern)
+        yield from table_of_jobs(rows)
+        yield f"{len(rows)} jobs shown\n"
+
+    def refused_reload(self, rows: list[dict[str, Any]]) -> str:
+        for row in rows:
+            error = (row.get("scheduler") or {}).get("reload_error", "-")
+            if error not in ("-", "", None):
+                first, *others = str(error).strip().splitlines() or ["?"]
+                more = f" (and {len(others)} more lines)" if others else ""
+                return f"The changed configuration is not in use: {printable(first)[:500]}{more}\n"
+        return ""
+
+    def matching(self, rows: list[dict[str, Any]], pattern: str) -> Any:
+        """Those whose name the pattern is found in; all of them in SHELL_PATTERN_TIME."""
+        found: list[dict[str, Any]] = []
+        left = SHELL_PATTERN_TIME
+        expression: re.Pattern[str] | None = None
+        for at in range(0, max(len(rows), 1), SHELL_BATCH):
+            started = time.monotonic()
+            try:
+                with time_limit(left):
+                    expression = expression or compile_pattern(pattern)
+                    search, batch = expression.search, rows[at : at + SHELL_BATCH]
+                    found += [row for row in batch if search(str(row.get("job")))]
+            except TimeUp:
+                raise BackyError(
+                    f"{printable(pattern)!r} takes longer than {SHELL_PATTERN_TIME * 1000:.0f} ms"
+                ) from None
+            left -= time.monotonic() - started
+            yield ""
+        return found
+
+    def status(self) -> Iterator[str]:
+        yield table_of_states(self.host.rows())
+
+    def run(self, job: str) -> Iterator[str]:
+        known = self.host.run(job)
+        word = "Triggered immediate run for" if known else "Unknown job"
+        yield f"{word} {printable(job)[:200]}\n"
+
+    def runall(self) -> Iterator[str]:
+        names = self.host.run_all()
+        for at in range(0, len(names), SHELL_BATCH):
+            batch = names[at : at + SHELL_BATCH]
+            yield "".join(f"Triggered immediate run for {printable(name)}\n" for name in batch)
+
+    def reload(self) -> Iterator[str]:
+        yield "Triggering daemon reload.\n"
+        error = self.host.reload()
+        if not error:
+            yield "Daemon configuration reloaded.\n"
+            return
+        for line in error.strip().splitlines()[:100]:
+            yield f"Reload refused: {printable(line)[:500]}\n"
+
+    def help(self) -> Iterator[str]:
+        for name, (form, meaning) in (SHELL_WORDS if self.control else SHELL_LOOKS).items():
+            yield f"{f'{name} {form}':14}{meaning}\n"
+        if not self.control:
+            yield f"'telnet-control: yes' in backy.conf also allows {', '.join(SHELL_TOUCHES)}.\n"
+
+
+class ShellSession:
+    """One client, from its connection to its end.
+
+    waits for a line -> asked -> reply, piece by piece -> prompt -> waits for a line
+             `-> is_ending: nothing more is read, what waits is still sent -> closed
+    """
+
+    PROMPT = f"\nbacky-{__version__} % "
+    REQUEST = re.compile(r"(?:GET|POST) |[A-Z]+ .* HTTP/")  # a web browser was sent here
+
+    def __init__(self, server: ShellServer, connection: Any, peer: str) -> None:
+        self.server, self.connection, self.peer = server, connection, peer
+        self.reader = LineReader()
+        self.asked: list[str | Key] = []
+        self.reply: Iterator[str] | None = None
+        self.unsent = bytearray()
+        self.is_open, self.is_ending, self.has_asked = True, False, False
+        self.opened = self.last_asked = self.last_sent = time.monotonic()
+        self.write(self.PROMPT)
+        self.watch()
+
+    def watch(self) -> None:
+        """Let the loop call us for what can be dealt with."""
+        if not self.is_open:
+            return
+        full = len(self.asked) >= MAX_SHELL_QUEUE
+        reading = 0 if self.is_ending or full else 1  # selectors.EVENT_READ
+        writing = 2 if self.unsent else 0  # selectors.EVENT_WRITE
+        if reading or writing:
+            self.server.loop.watch(self.connection, reading | writing, self.ready)
+        else:
+            self.server.loop.forget(self.connection)
+
+    def ready(self, events: int) -> None:
+        try:
+            if events & 2:
+                self.send()
+            if events & 1 and self.is_open and not self.is_ending:
+                self.receive()
+        except BlockingIOError:
+            pass
+        except OSError:  # the client is gone
+            self.close()
+        self.watch()
+
+    def receive(self) -> None:
+        received = self.connection.recv(4 * KiB)
+        found, answers = self.reader.read(received)
+        self.write(answers)
+        if not received:
+            found.append(Key.END)
+        for one in found:
+            if one in (Key.INTERRUPT, Key.STOP_OUTPUT):
+                self.asked.clear()
+                self.reply = None
+            self.asked.append(one)
+            if one is Key.END:
+                self.is_ending = True
+                break
+        if found:
+            self.last_asked, self.has_asked = time.monotonic(), True
+            self.server.wake(self)
+
+    def write(self, text: str | bytes) -> None:
+        """Send what fits; a client that does not read is dropped."""
+        if isinstance(text, str):
+            text = text.replace("\n", "\r\n").encode("utf-8", "replace")
+        if not self.unsent:
+            self.last_sent = time.monotonic()
+        self.unsent += text
+        if len(self.unsent) > MAX_SHELL_OUTPUT:
+            self.close()
+
+    def send(self) -> None:
+        count = self.connection.send(memoryview(self.unsent)[:SHELL_WATERMARK].tobytes())
+        del self.unsent[:count]
+        self.last_sent = time.monotonic()
+        if self.is_ending and not self.unsent and not self.has_work:
+            self.close()
+        elif self.has_work:
+            self.server.wake(self)
+
+    @property
+    def has_work(self) -> bool:
+        waits = self.asked or self.reply
+        return bool(self.is_open and waits and len(self.unsent) < SHELL_WATERMARK)
+
+    def step(self) -> None:
+        """Go on with the reply, or with the next line, for SHELL_SLICE."""
+        until = time.monotonic() + SHELL_SLICE
+        while self.has_work and time.monotonic() < until:
+            if self.reply is None:
+                self.reply = self.answer(self.asked.pop(0))
+            piece = next(self.reply, None)
+            if piece is None:
+                self.reply = None
+            elif piece:
+                self.write(piece)
+        if self.is_ending and not self.unsent and not self.has_work:
+            self.close()
+        self.watch()
+
+    def answer(self, asked: str | Key) -> Iterator[str]:
+        """What one line or key leads to, with the next prompt."""
+        if asked is Key.END:
+            self.is_ending = True
+            return
+        if asked is Key.TOO_LONG:
+            yield f"error: a line of more than {MAX_SHELL_LINE} bytes"
+        elif asked is Key.ARE_YOU_THERE:
+            yield f"\nbacky-{__version__}: yes"
+        elif isinstance(asked, str) and self.REQUEST.match(asked):
+            self.close()
+            return
+        elif isinstance(asked, str):
+            yield from self.without_last_line_end(self.replies(asked))
+        if not self.is_ending:
+            yield self.PROMPT
+
+    def without_last_line_end(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The prompt brings one itself."""
+        held = ""
+        for piece in pieces:
+            text = held + piece
+            held = "\n" if text.endswith("\n") else ""
+            yield text[:-1] if held else text
+
+    def replies(self, line: str) -> Iterator[str]:
+        for words in split_commands(line):
+            if words[0] in SHELL_QUITS:
+                self.is_ending = True
+                self.asked.clear()
+                yield "Goodbye.\n\n"
+                return
+            log.debug("shell: %s: %s", self.peer, printable(" ".join(words)))
+            if words[0] in SHELL_TOUCHES and self.server.commands.control:
+                log.info("shell: %s from %s", printable(" ".join(words)), self.peer)
+            try:
+                yield from self.server.commands.reply(words)
+            except BackyError as e:
+                yield f"error: {printable(e)}\n"
+            except Exception:  # a defect of ours must not end the daemon
+                log.exception("shell: %s failed", printable(" ".join(words)))
+                yield "error: this failed, the log says how\n"
+
+    def expire(self, now: float) -> None:
+        """End the session if nothing has happened for too long."""
+        limit = SHELL_IDLE if self.has_asked else SHELL_SILENT
+        if self.unsent and now - self.last_sent > SHELL_STALLED:
+            self.close()
+        elif now - self.last_asked > limit and not self.is_ending:
+            self.asked.clear()
+            self.reply = None
+            self.is_ending = True
+            self.write(f"\nNothing was asked for {limit:.0f} s. Goodbye.\n")
+            self.watch()
+        elif now - self.last_asked > limit + SHELL_STALLED:
+            self.close()
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.reply = None
+            self.server.loop.forget(self.connection)
+            self.connection.close()
+            self.server.sessions.discard(self)
+
+
+class ShellServer:
+    """Listens, and shares the time that the loop can spare among the sessions."""
+
+    def __init__(self, loop: Loop, commands: ShellCommands) -> None:
+        self.loop, self.commands = loop, commands
+        self.listeners: list[Any] = []
+        self.sessions: set[ShellSession] = set()
+        self.waiting: list[ShellSession] = []  # sessions with work, the next one first
+        self.worker: Timer | None = None
+        self.sweeper: Timer | None = None
+
+    @property
+    def ports(self) -> list[int]:
+        """One for each address that is listened on."""
+        return [listener.getsockname()[1] for listener in self.listeners]
+
+    def listen(self, address: str, port: int) -> None:
+        """Raises OSError, and what else a bad address or port is good for."""
+        import socket
+
+        flags = socket.AI_PASSIVE
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
+        for family, kind, protocol, _, place in found:
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind(place)
+                listener.listen(128)
+                listener.setblocking(False)
+            except BaseException:
+                listener.close()
+                raise
+            self.listeners.append(listener)
+            self.watch(listener)
+
+    def watch(self, listener: Any) -> None:
+        if listener in self.listeners:
+            self.loop.watch(listener, 1, lambda _: self.accept(listener))
+
+    def accept(self, listener: Any) -> None:
+        """Take a few connections; the others wait for the next turn."""
+        for _ in range(MAX_SHELL_SESSIONS):
+            try:
+                connection, place = listener.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as e:  # no descriptors, no memory: in a moment there may be some
+                log.warning("shell: cannot accept a connection: %s", e.strerror)
+                self.loop.forget(listener)
+                self.loop.call_in(1.0, lambda: self.watch(listener))
+                return
+            self.admit(connection, f"{place[0]}:{place[1]}")
+
+    def admit(self, connection: Any, peer: str) -> None:
+        import socket
+
+        connection.setblocking(False)
+        self.make_room()
+        if len(self.sessions) >= MAX_SHELL_SESSIONS:
+            with suppress(OSError):
+                connection.send(b"error: too many sessions, try again in a moment\r\n")
+            connection.close()
+            return
+        with suppress(OSError):  # the byte of an urgent IAC DM stays where it belongs
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHELL_WATERMARK)
+        self.sessions.add(ShellSession(self, connection, peer))
+        if self.sweeper is None:
+            self.sweeper = self.loop.call_in(5.0, self.sweep)
+
+    def make_room(self) -> None:
+        """Close the oldest session that never said a word, if room is needed."""
+        silent = [one for one in self.sessions if not one.has_asked]
+        if len(self.sessions) >= MAX_SHELL_SESSIONS and silent:
+            oldest = min(silent, key=lambda one: one.opened)
+            if time.monotonic() - oldest.opened >= SHELL_SETTLED:
+                oldest.close()
+
+    def sweep(self) -> None:
+        for session in list(self.sessions):
+            session.expire(time.monotonic())
+        self.sweeper = self.loop.call_in(5.0, self.sweep) if self.sessions else None
+
+    def wake(self, session: ShellSession) -> None:
+        """Let `session` have its step, in one of the next turns."""
+        if session not in self.waiting:
+            self.waiting.append(session)
+        if self.worker is None:
+            self.worker = self.loop.call_in(0, self.work)
+
+    def work(self) -> None:
+        """One step of one session; the rest of the daemon comes before the next one."""
+        self.worker = None
+        session = self.waiting.pop(0)
+        session.step()
+        if session.has_work:
+            self.waiting.append(session)
+        if self.waiting:
+            self.worker = self.loop.call_in(0, self.work)
+
+    def close(self) -> None:
+        for session in list(self.sessions):
+            session.close()
+        for listener in self.listeners:
+            self.loop.forget(listener)
+            listener.close()
+        self.listeners.clear()
+        self.waiting.clear()
+        for timer in (self.worker, self.sweeper):
+            if timer:
+                timer.cancel()
+
+
+def open_shell(
+    loop: Loop, addresses: Iterable[str], port: int, host: ShellHost, control: bool
+) -> ShellServer:
+    """Listen on all addresses that there are; what cannot be had is a warning."""
+    server = ShellServer(loop, ShellCommands(host, control))
+    for address in addresses:
+        try:
+            server.listen(address, port)
+        except (OSError, OverflowError, UnicodeError) as e:
+            reason = getattr(e, "strerror", None) or e
+            log.warning("shell: cannot listen on %s port %s: %s", printable(address), port, reason)
+            continue
+        log.info("starting telnet server on %s:%s", printable(address), server.ports[-1])
+        if not re.match(r"127\.|::1\Z|localhost\Z", address):
+            log.warning("shell: %s is more than this host: others can look", printable(address))
+    return server
+
+
+# The other end, for hosts without a telnet program.
+
+SHELL_PROMPT = re.compile(rb"\r\n(backy-[!-~]{1,40} % )\Z")
+TELNET_COMMAND = re.compile(
+    rb"\xff(?:\xfa(?:[^\xff]|\xff[^\xf0])*\xff\xf0|[\xfb-\xfe].|\xff|[^\xfa-\xff])", re.DOTALL
+)
+SHELL_PATIENCE = 60.0  # seconds without a byte
+MAX_SHELL_REPLY = 64 * MiB
+
+
+def without_telnet(received: bytes) -> bytes:
+    return TELNET_COMMAND.sub(lambda one: b"\xff" if one[0] == b"\xff\xff" else b"", received)
+
+
+def quote_word(word: str) -> str:
+    """As split_commands() reads it."""
+    if word and not re.search(r"[\s;'\"]", word):
+        return word
+    return f'"{word}"' if "'" in word else f"'{word}'"
+
+
+class ShellClient:
+    """A connection to the shell of a running scheduler."""
+
+    def __init__(self, addresses: Iterable[str], port: int) -> None:
+        """Raises BackyError if none of the addresses answers, or if there is no room."""
+        import socket
+
+        failures = []
+        for address in addresses:
+            try:
+                self.connection = socket.create_connection((address, port), 10)
+                break
+            except OSError as e:
+                failures.append(f"{printable(address)} port {port}: {e.strerror or e}")
+        else:
+            places = "; ".join(failures) or "no address"
+            raise BackyError(f"cannot connect to the scheduler: {places}", "is it running?")
+        self.connection.settimeout(SHELL_PATIENCE)
+        self.prompt = ""
+        greeting = self.receive()
+        if not self.prompt:
+            self.close()
+            raise BackyError(f"the scheduler says: {greeting.strip() or 'nothing'}")
+
+    def ask(self, line: str) -> str:
+        """The reply to one line.  `prompt` is empty when the other side has ended it."""
+        with explain("cannot reach the scheduler any more"):
+            self.connection.sendall(line.encode("utf-8", "replace") + b"\r\n")
+        return self.receive()
+
+    def receive(self) -> str:
+        """All up to the next prompt, or to the end."""
+        received, self.prompt = bytearray(), ""
+        while True:
+            try:
+                piece = self.connection.recv(64 * KiB)
+            except ConnectionError:
+                piece = b""
+            except OSError as e:  # a timeout has no strerror
+                raise BackyError(f"no answer from the scheduler: {e.strerror or e}") from e
+            received += piece
+            if len(received) > MAX_SHELL_REPLY:
+                raise BackyError(f"the scheduler says more than {format_size(MAX_SHELL_REPLY)}")
+            prompt = SHELL_PROMPT.search(received, max(0, len(received) - 100))
+            if prompt or not piece:
+                break
+        text = bytes(received)
+        if prompt:
+            text, self.prompt = text[: prompt.start()], prompt[1].decode()
+        lines = without_telnet(text).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+        return "\n".join(map(printable, lines)).strip("\n")
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+# ==== Scheduler ==============================================================
+#
+# Makes the Timetable true: one loop, and a child for every backup, which runs this
+# same file, so that a job that crashes or hangs takes nothing else down.  A job's
+# turn in its slot:
+#
+#   prepare (clerk)  ->  backup (child)  ->  examine (clerk)  ->  expire (child)  ->  examine
+#
+# Whatever touches a disk that may be slow is left to the clerk, a thread; all that is
+# decided, is decided in the loop.  Should this process be killed, its children go on:
+# the next scheduler finds them by a word in their environment and takes them over.
+
+PROGRAM = os.path.abspath(__file__)  # found before anybody changes the directory
+if not os.path.isfile(PROGRAM):
+    PROGRAM = os.path.dirname(PROGRAM)  # the archive that we are in
+
+READABLE = 1  # selectors.EVENT_READ
+TICK = 5.0  # seconds, after which the clock is looked at in any case
+GRACE = 30.0  # between asking a child to end, killing it, and giving it up
+SETTLING = 30.0  # for so long a start waits for the disk to say what revisions there are
+SLICE = 500  # jobs, of those that there is something to do for, in one turn of the loop
+CLOCK_JUMP = 2.0  # seconds that the clock may go another way than the time, within a tick
+LOG_TAIL = 64 * KiB  # of a job's log, in which its last error is looked for
+STATE_LIMIT = 64 * MiB
+MEMORY = ".scheduler"
+
+CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PASSED_ON = frozenset(
+    ("HOME", "LANG", "LC_ALL", "TZ", "CEPH_ARGS", "CEPH_CONF", "CEPH_CLUSTER", "CEPH_KEYRING")
+)
+MARK = "BACKY_JOB"  # names the job's directory in the environment of its children
+
+
+def child_environment(directory: str) -> dict[str, str]:
+    """All that a child gets of ours: nothing by which somebody could change what it runs."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or (name.startswith("BACKY_") and value.startswith("/"))
+    }
+    return {**kept, "PATH": CHILD_PATH, MARK: directory}
+
+
+def child_command(directory: str, *words: str) -> list[str]:
+    place = ("-b", directory, "-l", os.path.join(directory, "backy.log"))
+    return [sys.executable, "-I", PROGRAM, *place, *words]
+
+
+class Child:
+    """A process that we wait for: ours, or one that an earlier scheduler has started."""
+
+    def __init__(
+        self, loop: Loop, pid: int, process: Any, ended: Callable[[int | None], None]
+    ) -> None:
+        """`ended` gets the exit status, negative for a signal, None where it is not ours."""
+        self.loop, self.pid, self.process, self.ended = loop, pid, process, ended
+        self.fd = -1
+        with suppress(AttributeError, OSError):  # Python 3.8, Linux before 5.3
+            self.fd = os.pidfd_open(pid)
+            loop.watch(self.fd, READABLE, lambda _: self.end())
+
+    def look(self) -> None:
+        """Where nothing wakes us at its end: see whether it has come."""
+        if self.fd < 0 and self.is_over():
+            self.end()
+
+    def is_over(self) -> bool:
+        try:
+            if self.process is None:
+                with open(f"/proc/{self.pid}/stat", "rb") as file:
+                    return file.read().rpartition(b")")[2].split()[0] == b"Z"
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, flags) is not None
+        except OSError:
+            return True
+
+    def end(self) -> None:
+        """Report the end; nobody of its process group outlives it."""
+        if self.fd >= 0:
+            self.loop.forget(self.fd)
+            close(self.fd)
+        status = None
+        if self.process is not None:
+            self.signal(signal.SIGKILL)  # it is not yet waited for, so the group is still its own
+            status = self.process.wait()
+        self.ended(status)
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+def find_children(base_dir: str) -> Iterator[tuple[str, str, int, datetime]]:
+    """(job, step, pid, since) of what an earlier scheduler of this directory has left running."""
+    mark = os.fsencode(f"{MARK}={base_dir.rstrip('/')}/")
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                words = [word for word in file.read().split(b"\0") if word.startswith(mark)]
+            if not words or os.getpgid(int(name)) != int(name):
+                continue
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                step = "backup" if b"backup" in file.read().split(b"\0") else "expire"
+            with open(f"/proc/{name}/stat", "rb") as file:
+                ticks = int(file.read().rpartition(b")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
+            continue  # it has just ended, or belongs to somebody else
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        since = datetime.now(UTC) - timedelta(seconds=max(0.0, age))
+        yield os.fsdecode(words[0][len(mark) :]), step, int(name), since
+
+
+# -- the disk -------------------------------------------------------------------
+
+
+class Clerk:
+    """A thread that does what may have to wait for a disk, the most urgent first.
+
+    Each piece of work is a function; what it returns is given to another one in the
+    loop.  When one does not return, a disk is dead: a new thread goes on with the rest.
+    """
+
+    PATIENCE = 60.0
+    AT_ONCE = 100  # results that are taken in one turn of the loop
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.tasks: list[tuple[int, int, Callable[[], Any], Callable[[Any], None]]] = []
+        self.numbers = itertools.count()
+        self.results: list[tuple[Callable[[Any], None], Any]] = []
+        self.condition = threading.Condition()
+        self.busy_since: float | None = None
+        self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        loop.watch(self.read_fd, READABLE, lambda _: self.deliver())
+        self.engage()
+
+    def engage(self) -> None:
+        self.busy_since = None
+        self.thread: threading.Thread | None = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def submit(self, urgency: int, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Do `work` when its turn comes, 0 before 1; a BackyError of it is a result too."""
+        with self.condition:
+            heapq.heappush(self.tasks, (urgency, next(self.numbers), work, done))
+            self.condition.notify()
+
+    def work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self.condition:
+                while self.thread is me and not self.tasks:
+                    self.condition.wait()
+                if self.thread is not me:
+                    return
+                _, _, work, done = heapq.heappop(self.tasks)
+                self.busy_since = time.monotonic()
+            try:
+                result = work()
+            except BackyError as e:
+                result = e
+            except BaseException as e:
+                log.exception("a defect of backy")
+                result = BackyError(f"{type(e).__name__}: {printable(e)}")
+            with self.condition:
+                if self.thread is me:
+                    self.busy_since = None
+                self.results.append((done, result))
+            with suppress(OSError):
+                os.write(self.write_fd, b"x")
+
+    def deliver(self) -> None:
+        with suppress(OSError):
+            os.read(self.read_fd, 4096)
+        with self.condition:
+            results = self.results[: self.AT_ONCE]
+            del self.results[: self.AT_ONCE]
+            if self.results:
+                self.loop.call_in(0, self.deliver)
+        for done, result in results:
+            done(result)
+
+    def close(self) -> None:
+        """Let it finish what it is at, if that does not take long, and drop the rest."""
+        with self.condition:
+            thread, self.thread = self.thread, None
+            self.condition.notify()
+        thread.join(5.0)
+
+    def check(self) -> None:
+        """Go on with another thread when this one seems to be held up for ever."""
+        since = self.busy_since
+        if since is not None and time.monotonic() - since > self.PATIENCE:
+            log.error("a disk does not answer for %d seconds, going on without", self.PATIENCE)
+            self.engage()
+
+
+@dataclass(frozen=True)
+class History:
+    """What the directory of a job says about it."""
+
+    past: tuple[Past, ...] | None = ()  # None: it cannot be read
+    newest: str = ""  # the id of the newest complete revision
+    trust: str = "-"
+    problem: str = ""
+    state: tuple[int, int] | None = None  # of the directory when it was read
+
+
+class QuietRepository(Repository):
+    """A repository whose problems are shown with the job and not logged again and again."""
+
+    def tell_once(self, name: str, what: str) -> None:
+        pass
+
+
+def directory_state(path: str) -> tuple[int, int] | None:
+    """What changes with the names in a directory, and never stays as it is while they do."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    recent = abs(time.time_ns() - status.st_mtime_ns) < 1_000_000_000
+    return status.st_ino, 0 if recent else status.st_mtime_ns
+
+
+def read_history(directory: str) -> History:
+    """The complete revisions, and what is wrong in the directory."""
+    state = directory_state(directory)
+    try:
+        with QuietRepository.open(directory) as repository:
+            complete = [one for one in repository.complete if not one.problem]
+            unread = [f"{printable(name)}: {what}" for name, what in repository.problems]
+            useless = [f"{one.id}: {one.problem}" for one in repository.complete if one.problem]
+    except NotFound:
+        return History(state=state)
+    except BackyError as e:
+        return History(past=None, problem=str(e), state=state)
+    problems = unread + useless
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return History(
+        tuple(Past(one.timestamp, one.tags, one.duration or 0.0) for one in complete),
+        complete[-1].id if complete else "",
+        complete[-1].trust.value if complete else "-",
+        printable(problems[0] + more) if problems else "",
+        state,
+    )
+
+
+def lock_holder(dir_fd: int) -> str:
+    """Who holds the job, or nothing."""
+    fd = open_regular(dir_fd, ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        if take_lock(fd):
+            return ""
+        holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
+        return printable(holder) or "another process"
+    finally:
+        close(fd)
+
+
+def prepare_directory(directory: str, config: bytes, base_fd: int) -> tuple[int, str]:
+    """Make it ready for a run; a descriptor of the job's log, and who holds the job already."""
+    base = os.path.dirname(directory)
+    with explain(f"cannot examine {printable(base)}"):
+        if not os.path.samestat(os.stat(base), os.fstat(base_fd)):
+            raise BackyError(
+                f"{printable(base)} is not the directory it was: unmounted, or another one",
+                "put it right, and restart the scheduler",
+            )
+    with explain("cannot create the directory"), suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    dir_fd = open_directory(directory)
+    try:
+        with explain("cannot write config"):
+            current = None
+            with suppress(FileNotFoundError):
+                current = read_small(dir_fd, "config")
+            if current != config:
+                replace_file(dir_fd, "config", config, 0o600)
+        with explain("cannot lock"):
+            holder = lock_holder(dir_fd)
+        with explain("cannot open backy.log"):
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            return open_regular(dir_fd, "backy.log", flags), holder
+    finally:
+        close(dir_fd)
+
+
+def last_error(log_fd: int, start: int) -> str:
+    """What a child wrote to its log last, from `start` on, of what went wrong."""
+    try:
+        size = os.fstat(log_fd).st_size
+        text = os.pread(log_fd, LOG_TAIL, max(start, size - LOG_TAIL)).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.partition(" ERROR ")[2] for line in lines]
+    errors = [error for error in errors if error and not error.startswith("hint: ")]
+    words = errors or [line for line in lines if not re.match(r"\d{4}-\d\d-\d\d ", line)]
+    return printable(words[-1])[:500] if words else ""
+
+
+def describe_end(status: int, said: str, job: str) -> str:
+    """`cannot open source /vm1.img: Permission denied (exit status 1)`."""
+    how = f"exit status {status}"
+    if status < 0:
+        with suppress(ValueError):
+            how = f"ended by {signal.Signals(-status).name}"
+    if said.startswith(f"{job}: "):
+        said = said[len(job) + 2 :]
+    return f"{said} ({how})" if said else how
+
+
+def sweep_temporaries(directory: str) -> None:
+    """Remove what a scheduler that was killed has left unfinished."""
+    with suppress(OSError):
+        for name in os.listdir(directory):
+            if is_temporary(name):
+                os.unlink(os.path.join(directory, name))
+
+
+def load_memory(base_fd: int) -> object:
+    """What an earlier scheduler remembered of the jobs; nothing, if that cannot be read."""
+    import json
+
+    try:
+        return json.loads(read_small(base_fd, MEMORY, STATE_LIMIT))["jobs"]
+    except FileNotFoundError:
+        log.info("no %s yet: no failures are known, and all jobs are new", MEMORY)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        log.warning("cannot read %s, failures are forgotten: %s", MEMORY, printable(e))
+    return {}
+
+
+def save_memory(base_fd: int, jobs: dict[str, dict[str, Any]]) -> None:
+    import json
+
+    with explain(f"cannot write {MEMORY}"):
+        replace_file(base_fd, MEMORY, json.dumps({"version": 1, "jobs": jobs}).encode(), 0o600)
+
+
+def show_time(moment: datetime | None) -> str:
+    return f"{format_time(moment)} UTC" if moment else "-"
+
+
+def show_tags(tags: tuple[str, ...], schedule: Schedule) -> str:
+    """The tags of the schedule, the most frequent first, behind all others."""
+    own = [tag for tag in schedule.tags if tag in tags]
+    return ",".join([tag for tag in tags if tag not in own] + own) or "-"
+
+
+class Row:
+    """What the status file says of a job, made anew only when something has changed."""
+
+    def __init__(self, late_at: datetime, values: dict[str, Any]) -> None:
+        self.late_at, self.values = late_at, values
+        self.text = ""  # in YAML, made by the clerk
+
+
+def write_status(path: str, rows: list[Row], about: dict[str, Any]) -> tuple[float, int, int]:
+    """Put the status file in its place; how long that took, and the space that is left."""
+    began = time.monotonic()
+    with explain(f"cannot write {printable(path)}"):
+        space = os.statvfs(about["base_dir"])
+        about["free"] = space.f_bavail * space.f_frsize
+        about["size"] = space.f_blocks * space.f_frsize
+        for row in rows:
+            row.text = row.text or format_yaml([row.values])
+        texts = [row.text for row in rows]
+        if rows:
+            texts[0] = format_yaml([{**rows[0].values, "scheduler": about}])
+        data = "".join(texts or ["[]\n"]).encode()
+        dir_fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            replace_file(dir_fd, os.path.basename(path), data, 0o644, durable=False)
+        finally:
+            close(dir_fd)
+    return time.monotonic() - began, about["free"], about["size"]
+
+
+# -- systemd --------------------------------------------------------------------
+
+
+class ServiceManager:
+    """systemd, if it has started us, told what we are at; see sd_notify(3)."""
+
+    def __init__(self) -> None:
+        self.address = os.environ.pop("NOTIFY_SOCKET", "")
+        owner = os.environ.pop("WATCHDOG_PID", "")
+        interval = os.environ.pop("WATCHDOG_USEC", "")
+        ours = owner in ("", str(os.getpid()))
+        self.watchdog = 0.0  # seconds between two signs of life
+        if ours and re.fullmatch("[0-9]{1,15}", interval, re.ASCII):
+            self.watchdog = int(interval) / 2_000_000
+        self.told = ""
+
+    def tell(self, text: str) -> None:
+        if self.address[:1] not in ("/", "@"):
+            return
+        import socket
+
+        address = self.address.replace("@", "\0", 1) if self.address[0] == "@" else self.address
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as connection:
+            connection.sendto(text.encode(), address)
+
+    def show(self, text: str) -> None:
+        """What `systemctl status` shows."""
+        if text != self.told:
+            self.told = text
+            self.tell(f"STATUS={text}")
+
+
+# -- the whole ------------------------------------------------------------------
+
+
+class JobRun:
+    """A job's turn in its slot."""
+
+    def __init__(self, job: TimedJob, settings: JobSettings, directory: str, newest: str) -> None:
+        self.job, self.settings, self.directory = job, settings, directory
+        self.newest = newest  # revision before it
+        self.child: Child | None = None
+        self.step = "backup"
+        self.log_fd, self.log_start = -1, 0
+        self.timer: Timer | None = None
+        self.verdict = ""  # why we have ended it
+        self.is_lost = False  # given up
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+def take_base(settings: Settings) -> tuple[int, int]:
+    """Descriptors of the base directory and of its lock, which is held as long as it is open."""
+    base = printable(settings.base_dir)
+    with explain(f"cannot open base-dir {base}"):
+        base_fd = os.open(settings.base_dir, os.O_RDONLY | os.O_DIRECTORY)
+    with explain(f"cannot lock {base}"):
+        lock_fd = open_regular(base_fd, ".lock", os.O_RDWR | os.O_CREAT)
+        if not take_lock(lock_fd):
+            pid = printable(os.pread(lock_fd, 20, 0).decode("utf-8", "replace").strip())
+            raise Busy(f"another scheduler works on {base} already: pid {pid or 'unknown'}")
+        os.ftruncate(lock_fd, 0)
+        write_all(lock_fd, f"{os.getpid()}\n".encode(), 0)
+    return base_fd, lock_fd
+
+
+class Scheduler(ShellHost):
+    """The daemon: its jobs, their runs, and what is shown of them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.base_fd, self.lock_fd = take_base(settings)
+        self.manager = ServiceManager()
+        self.started = datetime.now(UTC)
+        self.loop = Loop()
+        self.catch_signals()
+        self.clerk = Clerk(self.loop)
+        self.timetable = Timetable()
+        self.runs: dict[str, JobRun] = {}
+        self.histories: dict[str, History] = {}
+        self.unread: set[str] = set()  # jobs whose directories have not been looked at yet
+        self.reading: set[str] = set()
+        self.after_run: dict[str, str] = {}  # what went wrong after a success
+        self.rows_made: dict[str, Row] = {}
+        self.space = (0, 0)
+        self.reload_error = ""
+        self.status_error = self.memory_error = ""
+        self.memory: object = None
+        self.is_writing = self.is_saving = self.is_ready = self.is_settled = False
+        self.is_dirty = True
+        self.status_due = self.status_allowed = 0.0
+        self.stopping = 0  # signals that asked us to end
+        self.clock = (time.monotonic(), time.time())
+        self.shell: ShellServer | None = None
+
+    # -- life -------------------------------------------------------------------
+
+    def run_until_stopped(self) -> None:
+        """Work until a signal ends it."""
+        self.begin()
+        while not (self.stopping and all(run.is_lost for run in self.runs.values())):
+            self.loop.turn(self.pause())
+            self.tick()
+        self.end()
+
+    def begin(self) -> None:
+        os.chdir("/")
+        null_fd = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null_fd, 0)
+        close(null_fd)
+        for directory in {self.settings.base_dir, os.path.dirname(self.settings.status_file)}:
+            sweep_temporaries(directory)
+        now = datetime.now(UTC)
+        self.memory = load_memory(self.base_fd)
+        self.timetable.recall(self.memory, now)
+        self.configure(now)
+        self.adopt_children()
+        self.open_shell()
+        log.info("scheduler started: %s", count_of(len(self.timetable.jobs), "job"))
+        self.loop.call_in(SETTLING, self.settle)
+        self.keep_alive()
+        self.poll()
+
+    def settle(self) -> None:
+        """Every directory has been read, or would take too long: now jobs may start."""
+        if not self.is_settled:
+            self.is_settled = True
+            self.status_due = 0.0
+
+    def pause(self) -> float:
+        """Seconds until the next job is due, as far as that is to be seen."""
+        moment = self.timetable.next_moment()
+        if moment is None or not self.is_settled or self.stopping:
+            return TICK
+        return min(TICK, max(0.0, (moment - datetime.now(UTC)).total_seconds()))
+
+    def tick(self) -> None:
+        """What is looked at in every turn of the loop."""
+        self.check_clock()
+        self.clerk.check()
+        for run in list(self.runs.values()):
+            if run.child:
+                run.child.look()
+        if self.is_settled and not self.stopping:
+            for job in self.timetable.start(datetime.now(UTC)):
+                self.start(job)
+        self.arrange_status()
+
+    def check_clock(self) -> None:
+        steady, wall = time.monotonic(), time.time()
+        jump = (wall - self.clock[1]) - (steady - self.clock[0])
+        self.clock = steady, wall
+        if abs(jump) > CLOCK_JUMP:
+            log.warning("the clock was set by %+.0f seconds, or the host slept", jump)
+            self.reckon_anew(list(self.timetable.jobs))
+            self.is_dirty = True
+
+    def reckon_anew(self, names: list[str]) -> None:
+        """All jobs, but not all at once."""
+        now = datetime.now(UTC)
+        self.timetable.reckon_anew(now, names[:SLICE])
+        self.make_rows([name for name in names[:SLICE] if name in self.timetable.jobs])
+        if names[SLICE:]:
+            self.loop.call_in(0, lambda: self.reckon_anew(names[SLICE:]))
+
+    def keep_alive(self) -> None:
+        if self.manager.watchdog:
+            self.manager.tell("WATCHDOG=1")
+            self.loop.call_in(self.manager.watchdog, self.keep_alive)
+
+    def end(self) -> None:
+        """The last words: what is remembered, and how everything stands."""
+        self.clerk.close()
+        with suppress(BackyError):
+            save_memory(self.base_fd, self.timetable.remember())
+        with suppress(BackyError):
+            write_status(self.settings.status_file, self.make_rows(), self.about())
+        log.info("scheduler ended")
+
+    # -- signals ----------------------------------------------------------------
+
+    def catch_signals(self) -> None:
+        read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self.loop.watch(read_fd, READABLE, lambda _: self.take_signals(read_fd))
+
+    def take_signals(self, read_fd: int) -> None:
+        with suppress(BlockingIOError):
+            for number in os.read(read_fd, 512):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self.stop(number)
+                elif number == signal.SIGHUP and not self.stopping:
+                    log.info("Received signal SIGHUP")
+                    self.reload_later()
+
+    def stop(self, number: int) -> None:
+        """Start nothing more, and end what runs; asked twice, end it at once."""
+        log.info("Received signal %s", signal.Signals(number).name)
+        self.stopping += 1
+        if self.stopping > 1:
+            self.signal_children(signal.SIGKILL)
+            return
+        self.manager.tell("STOPPING=1")
+        self.manager.show("waiting for backups to end")
+        log.info("Terminating all tasks")
+        if self.shell:
+            self.shell.close()
+        self.signal_children(signal.SIGTERM)
+        self.loop.call_in(GRACE, lambda: self.signal_children(signal.SIGKILL))
+        self.loop.call_in(2 * GRACE, self.leave_children)
+        self.ask_for_time()
+
+    def ask_for_time(self) -> None:
+        self.manager.tell("EXTEND_TIMEOUT_USEC=30000000")
+        self.loop.call_in(10.0, self.ask_for_time)
+
+    def signal_children(self, number: int) -> None:
+        for run in self.runs.values():
+            if run.child:
+                run.child.signal(number)
+
+    def leave_children(self) -> None:
+        for run in self.runs.values():
+            if not run.is_lost:
+                log.error("%s: its backup cannot be ended and is left behind", run.name)
+                run.is_lost = True
+
+    # -- configuration ----------------------------------------------------------
+
+    def configure(self, now: datetime) -> None:
+        """Let the timetable have the jobs of the settings."""
+        jobs = self.settings.jobs
+        schedules = {name: job.schedule for name, job in jobs.items()}
+        self.timetable.configure(schedules, self.settings.worker_limit, now)
+        self.forget_removed()
+        new = [name for name in jobs if name not in self.histories]
+        self.unread = set(new)
+        for name in new:
+            self.look_at(name)
+        if not self.unread:
+            self.settle()
+        self.is_dirty = True
+
+    def forget_removed(self) -> None:
+        """What is known of jobs that are not configured any more, and do not run."""
+        jobs = self.timetable.jobs
+        if len(self.histories) + len(self.rows_made) <= 2 * len(jobs):
+            return
+        for table in (self.histories, self.after_run, self.rows_made):
+            for name in [name for name in table if name not in jobs and name not in self.runs]:
+                del table[name]
+
+    def reload(self) -> str:
+        """Take over the configuration as it is now, or nothing of it; what is wrong with it."""
+        self.tell_reloading()
+        try:
+            self.decide_on(load_settings(self.settings.path))
+        except BackyError as e:
+            self.decide_on(e)
+        return self.reload_error
+
+    def reload_later(self) -> None:
+        """The same without waiting for it: ten thousand jobs are read in seconds."""
+        self.tell_reloading()
+        path = self.settings.path
+        self.clerk.submit(0, lambda: load_settings(path), self.decide_on)
+
+    def tell_reloading(self) -> None:
+        self.manager.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def decide_on(self, settings: Any) -> None:
+        """Take the settings over, or refuse them, or the errors that came instead of them."""
+        if isinstance(settings, Settings) and settings.base_dir != self.settings.base_dir:
+            settings = BackyError(
+                f"base-dir cannot change from {printable(self.settings.base_dir)} to "
+                f"{printable(settings.base_dir)} while the scheduler runs: restart it"
+            )
+        if isinstance(settings, Settings):
+            self.take_over(settings)
+            self.reload_error = ""
+            log.info("configuration reloaded: %s", count_of(len(settings.jobs), "job"))
+        else:
+            for line in str(settings).splitlines():
+                log.error("%s", line)
+            log.error("the configuration is refused, the old one stays in force")
+            self.reload_error = str(getattr(settings, "summary", settings)).splitlines()[0]
+        self.is_dirty = True
+        self.manager.tell("READY=1")
+
+    def take_over(self, settings: Settings) -> None:
+        old, self.settings = self.settings, settings
+        self.configure(datetime.now(UTC))
+        self.status_due = 0.0
+        self.remember()
+        if any(
+            getattr(old, key) != getattr(settings, key)
+            for key in ("telnet_addrs", "telnet_port", "telnet_control")
+        ):
+            self.loop.call_in(0.1, self.open_shell)  # who has asked for this gets the answer
+
+    def open_shell(self) -> None:
+        if self.stopping:
+            return
+        if self.shell:
+            self.shell.close()
+        settings = self.settings
+        self.shell = open_shell(
+            self.loop,
+            settings.telnet_addrs,
+            settings.telnet_port,
+            self,
+            settings.telnet_control,
+        )
+
+    def run(self, job: str) -> bool:
+        return self.timetable.run(job, datetime.now(UTC))
+
+    def run_all(self) -> list[str]:
+        names = list(self.timetable.jobs)
+        for name in names:
+            self.timetable.run(name, datetime.now(UTC), first=False)
+        return names
+
+    # -- what is on the disk ------------------------------------------------------
+
+    def directory(self, name: str) -> str:
+        return os.path.join(self.settings.base_dir, name)
+
+    def poll(self) -> None:
+        """Look which directories have changed, and again after a while."""
+        known = {
+            self.directory(name): (name, history.state)
+            for name, history in self.histories.items()
+            if name not in self.runs
+        }
+
+        def changed() -> list[str]:
+            return [name for path, (name, state) in known.items() if directory_state(path) != state]
+
+        def again(names: Any) -> None:
+            for name in names if isinstance(names, list) else ():
+                if name not in self.runs:
+                    self.look_at(name)
+            self.loop.call_in(max(1.0, self.settings.status_interval.total_seconds()), self.poll)
+
+        self.clerk.submit(3, changed, again)
+
+    def look_at(self, name: str) -> None:
+        """Have the directory of a job read."""
+        if name in self.reading:
+            return
+        self.reading.add(name)
+        directory = self.directory(name)
+        self.clerk.submit(2, lambda: read_history(directory), lambda one: self.learn(name, one))
+
+    def learn(self, name: str, history: Any) -> None:
+        self.reading.discard(name)
+        if name in self.timetable.jobs and name not in self.runs:
+            self.note_history(name, history)
+            self.timetable.learn(name, self.past(name), datetime.now(UTC))
+            self.make_rows([name])
+        self.has_read(name)
+
+    def has_read(self, name: str) -> None:
+        if name in self.unread:
+            self.unread.discard(name)
+            if not self.unread:
+                self.settle()
+
+    def note_history(self, name: str, history: Any) -> None:
+        before = self.histories.get(name, History())
+        if isinstance(history, BackyError):
+            history = History(past=None, problem=str(history))
+        if history.past is None:  # what was known is still better than nothing
+            history = replace(history, past=before.past, newest=before.newest, trust=before.trust)
+        self.histories[name] = history
+        if history != before:
+            if history.problem and history.problem != before.problem:
+                log.warning("%s: %s", name, history.problem)
+            self.timetable.changed.add(name)
+            self.is_dirty = True
+
+    def past(self, name: str) -> tuple[Past, ...]:
+        return self.histories.get(name, History()).past or ()
+
+    # -- runs ---------------------------------------------------------------------
+
+    def start(self, job: TimedJob) -> None:
+        """A slot is free and it is this job's turn."""
+        settings = self.settings.jobs[job.name]
+        run = JobRun(job, settings, self.directory(job.name), "")
+        self.runs[job.name] = run
+        self.is_dirty = True
+        due = job.due.strftime("%Y-%m-%dT%H:%M:%SZ") if job.due else "now"
+        tags = ",".join(job.tags)
+        log.info("%s: running backup [%s] due %s (%s)", job.name, tags, due, job.reason)
+        run.timer = self.loop.call_in(
+            settings.max_runtime.total_seconds(), lambda: self.end_hung(run)
+        )
+        config = job_config(settings)
+
+        def work() -> Any:
+            log_fd, holder = prepare_directory(run.directory, config, self.base_fd)
+            return log_fd, os.fstat(log_fd).st_size, holder, read_history(run.directory)
+
+        self.clerk.submit(0, work, lambda result: self.prepared(run, result))
+
+    def prepared(self, run: JobRun, result: Any) -> None:
+        if isinstance(result, BackyError):
+            self.finish(run, str(result))
+            return
+        run.log_fd, run.log_start, holder, history = result
+        self.note_history(run.name, history)
+        run.newest = self.histories.get(run.name, History()).newest
+        if holder:
+            log.warning("%s: is held by %s, waiting for that", run.name, holder)
+        if holder or self.stopping or run.verdict:
+            self.finish(run, run.verdict)
+        else:
+            self.spawn(run, "backup", ",".join(run.job.tags))
+
+    def spawn(self, run: JobRun, step: str, *words: str) -> None:
+        """Start a child for one step of the run."""
+        import subprocess
+
+        run.step = step
+        try:
+            process = subprocess.Popen(
+                child_command(run.directory, step, *words),
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if step == "expire" else run.log_fd,
+                stderr=run.log_fd,
+                start_new_session=True,
+                env=child_environment(run.directory),
+            )
+        except OSError as e:
+            self.finish(run, f"cannot start {step}: {e.strerror or e}")
+            return
+        run.child = Child(self.loop, process.pid, process, lambda status: self.ended(run, status))
+
+    def adopt_children(self) -> None:
+        """Take over what an earlier scheduler that was killed has left running."""
+        for name, step, pid, since in find_children(self.settings.base_dir):
+            if not self.timetable.adopt(name, since):
+                log.warning("%s: pid %d is left from an earlier scheduler", printable(name), pid)
+                continue
+            log.warning("%s: pid %d goes on from an earlier scheduler", name, pid)
+            settings = self.settings.jobs[name]
+            history = read_history(self.directory(name))
+            self.note_history(name, history)
+            run = JobRun(self.timetable.jobs[name], settings, self.directory(name), history.newest)
+            run.step = step
+            self.runs[name] = run
+            self.timetable.learn(name, self.past(name), datetime.now(UTC))
+            self.has_read(name)
+            run.child = Child(self.loop, pid, None, lambda status, run=run: self.ended(run, status))
+            left = since + settings.max_runtime - datetime.now(UTC)
+            run.timer = self.loop.call_in(
+                max(GRACE, left.total_seconds()), lambda run=run: self.end_hung(run)
+            )
+
+    def ended(self, run: JobRun, status: int | None) -> None:
+        """A child has ended; what it has left is looked at."""
+        run.child = None
+        directory, log_fd, start = run.directory, run.log_fd, run.log_start
+
+        def work() -> Any:
+            error = last_error(log_fd, start) if log_fd >= 0 else ""
+            start_of_next = os.fstat(log_fd).st_size if log_fd >= 0 else 0
+            holder = ""
+            with suppress(OSError, BackyError):
+                dir_fd = open_directory(directory)
+                try:
+                    holder = lock_holder(dir_fd)
+                finally:
+                    close(dir_fd)
+            return error, start_of_next, holder, read_history(directory)
+
+        self.clerk.submit(0, work, lambda result: self.examined(run, status, result))
+
+    def examined(self, run: JobRun, status: int | None, result: Any) -> None:
+        if isinstance(result, BackyError):
+            self.finish(run, str(result))
+            return
+        said, run.log_start, holder, history = result
+        before = run.newest
+        self.note_history(run.name, history)
+        run.newest = history.newest or before
+        error = "" if status in (0, None) else describe_end(status, said, run.name)
+        if run.step == "expire":
+            self.expired(run, error)
+        elif not error and run.newest != before:
+            self.succeeded(run)
+        elif holder or (self.stopping and not run.verdict):
+            self.finish(run, "")
+        else:
+            self.finish(run, run.verdict or error or "it has ended without a new revision")
+
+    def succeeded(self, run: JobRun) -> None:
+        log.info("%s: finished backup", run.name)
+        if self.stopping or run.verdict:
+            self.finish(run, None)
+            return
+        if run.log_fd < 0:  # it was taken over
+            with suppress(OSError):
+                path = os.path.join(run.directory, "backy.log")
+                run.log_fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NOFOLLOW, 0o600)
+        self.spawn(run, "expire")
+
+    def expired(self, run: JobRun, error: str) -> None:
+        """What goes wrong here is shown, but there is a new revision all the same."""
+        self.after_run.pop(run.name, None)
+        if error and not self.stopping:
+            self.after_run[run.name] = f"expire: {run.verdict or error}"
+            log.error("%s: %s", run.name, self.after_run[run.name])
+        self.finish(run, None)
+
+    def finish(self, run: JobRun, error: str | None) -> None:
+        """The turn is over: None is a success, "" no failure either, but no success."""
+        if run.timer:
+            run.timer.cancel()
+        if run.log_fd >= 0:
+            close(run.log_fd)
+        del self.runs[run.name]
+        before = run.job.failures
+        now = datetime.now(UTC)
+        self.timetable.finish(run.name, error, self.past(run.name), now)
+        if error and run.step == "backup" and not self.stopping:
+            wait = back_off(run.job.failures).total_seconds()
+            log.error("%s: %s", run.name, error)
+            log.info("%s: retrying in %d seconds", run.name, wait)
+        self.is_dirty = True
+        self.forget_removed()
+        if before or run.job.failures:
+            self.remember()
+
+    def end_hung(self, run: JobRun) -> None:
+        """It has run for too long: ask it to end, then kill it, then do without the slot."""
+        if self.runs.get(run.name) is not run:
+            return
+        if not run.verdict:
+            run.verdict = f"it ran longer than {format_time_span(run.settings.max_runtime)}"
+            log.error("%s: %s, ending it", run.name, run.verdict)
+            self.signal_hung(run, signal.SIGTERM, lambda: self.kill_hung(run))
+
+    def kill_hung(self, run: JobRun) -> None:
+        log.error("%s: does not end, killing it", run.name)
+        self.signal_hung(run, signal.SIGKILL, lambda: self.give_up(run))
+
+    def signal_hung(self, run: JobRun, number: int, then: Callable[[], None]) -> None:
+        if run.child:
+            run.child.signal(number)
+        run.timer = self.loop.call_in(GRACE, then)
+
+    def give_up(self, run: JobRun) -> None:
+        log.error("%s: cannot be killed, its slot is given to others", run.name)
+        self.timetable.give_up(run.name)
+        run.is_lost = True
+        self.is_dirty = True
+
+    # -- what is shown and remembered ---------------------------------------------
+
+    def remember(self) -> None:
+        """Write down what must survive us, soon and not too often."""
+        if not self.is_saving:
+            self.is_saving = True
+            self.loop.call_in(1.0, self.save)
+
+    def save(self) -> None:
+        jobs = self.timetable.remember()
+        self.clerk.submit(1, lambda: save_memory(self.base_fd, jobs), self.saved)
+
+    def saved(self, error: Any) -> None:
+        self.is_saving = False
+        text = str(error or "")
+        if text and text != self.memory_error:
+            log.error("%s", text)
+        self.memory_error = text
+
+    def arrange_status(self) -> None:
+        """Have the status file written when it is time, at most for a tenth of the time."""
+        now = time.monotonic()
+        if self.is_writing or not self.is_settled or now < self.status_allowed:
+            return
+        if not (self.is_dirty or self.timetable.changed) and now < self.status_due:
+            return
+        self.status_due = now + self.settings.status_interval.total_seconds()
+        rows, about, path = self.make_rows(), self.about(), self.settings.status_file
+        self.is_writing, self.is_dirty = True, False
+        self.clerk.submit(1, lambda: write_status(path, rows, about), self.status_written)
+        self.show_summary()
+
+    def status_written(self, result: Any) -> None:
+        self.is_writing = False
+        took, error = 0.0, ""
+        if isinstance(result, BackyError):
+            error = str(result)
+        else:
+            took, *self.space = result
+        if error != self.status_error:
+            if error:
+                log.error("%s", error)
+            else:
+                log.info("the status file can be written again")
+        self.status_error = error
+        wait = max(1.0, 10 * took)
+        self.status_allowed = time.monotonic() + wait
+        self.loop.call_in(wait, lambda: None)  # what has changed meanwhile is written then
+        if not self.is_ready:
+            self.is_ready = True
+            self.remember()
+            self.manager.tell("READY=1")
+
+    def show_summary(self) -> None:
+        table = self.timetable
+        text = f"{count_of(len(table.jobs), 'job')}, {table.running} running"
+        moment = table.next_moment()
+        if moment is not None:
+            text += f", next {table.waiting[0][2].name} {moment.strftime('%H:%M:%S')} UTC"
+        if self.reload_error:
+            text += f", configuration refused: {self.reload_error}"
+        self.manager.show(text)
+
+    def about(self) -> dict[str, Any]:
+        """What the status file says of the scheduler itself."""
+        interval = self.settings.status_interval.total_seconds()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": show_time(self.started),
+            "written": show_time(datetime.now(UTC)),
+            "worker_limit": self.timetable.limit,
+            "running": self.timetable.running,
+            "queued": self.timetable.queued,
+            "stuck": self.timetable.stuck,
+            "reload_error": self.reload_error or "-",
+            "base_dir": self.settings.base_dir,
+            "free": self.space[0],
+            "size": self.space[1],
+            "status_interval": int(interval) if interval == int(interval) else interval,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = [row.values for row in self.make_rows()]
+        return [{**rows[0], "scheduler": self.about()}, *rows[1:]] if rows else []
+
+    def make_rows(self, names: Iterable[str] = ()) -> list[Row]:
+        """The rows of these jobs, or of all, as things stand now."""
+        now, jobs, made = datetime.now(UTC), self.timetable.jobs, self.rows_made
+        for name in names or jobs:
+            row = made.get(name)
+            if row is None or name in self.timetable.changed or now >= row.late_at:
+                self.timetable.changed.discard(name)
+                made[name] = self.make_row(jobs[name], now)
+                self.is_dirty = True
+        if not names:
+            self.timetable.changed.clear()  # of jobs that are not shown
+        return [made[name] for name in names or jobs]
+
+    def make_row(self, job: TimedJob, now: datetime) -> Row:
+        overdue = job.overdue_since(now)
+        late_at = datetime.max.replace(tzinfo=UTC) if overdue else job.late_at(now)
+        return Row(late_at, self.describe(job, overdue))
+
+    def describe(self, job: TimedJob, overdue: datetime | None) -> dict[str, Any]:
+        """One entry of the status file."""
+        history = self.histories.get(job.name, History())
+        newest = history.past[-1] if history.past else None
+        problems = [history.problem, self.after_run.get(job.name, "")]
+        if not job.is_known:
+            problems.insert(0, "its directory has not been read yet")
+        return {
+            "job": job.name,
+            "sla": "TOO OLD" if overdue else "OK",
+            "status": job.state.value,
+            "last_time": show_time(newest and newest.moment),
+            "last_tags": show_tags(newest.tags if newest else (), job.schedule),
+            "last_duration": f"{newest.duration:.1f} s" if newest else "-",
+            "next_time": show_time(None if job.is_active else job.due),
+            "next_tags": show_tags(() if job.is_active else job.tags, job.schedule),
+            "failures": job.failures,
+            "last_error": job.last_error or "-",
+            "overdue_since": show_time(overdue),
+            "sla_limit": 1.5 * job.shortest.total_seconds(),
+            "first_seen": show_time(job.first_seen),
+            "trust": history.trust,
+            "running_since": show_time(job.started),
+            "stuck": job.state is State.STUCK,
+            "problem": "; ".join(filter(None, problems)) or "-",
+        }
+
+
+# ==== Check ==================================================================
+#
+# The status file, read for Nagios and its kin: one line, figures, what is behind
+# them.  Nothing else is read but the configuration, and nothing is written.  What
+# keeps us from knowing is UNKNOWN; it is never OK.
+
+MAX_STATUS_FILE = 16 * MiB
+MAX_CHECK_TEXT = 8000  # bytes; Nagios keeps 8 KiB
+MAX_CHECK_NAMES = 10  # in the first line, for each reason
+CHECK_TIMEOUT = 10.0  # seconds
+STALE_AFTER = 300.0  # seconds without a new status file, or ten intervals if that is longer
+FUTURE_AFTER = 300.0  # seconds by which the clock of a file server may be wrong
+RELOAD_WITHIN = 3600.0  # seconds until a job that the scheduler does not know is worth a warning
+FAILURES_IN_A_ROW = 3
+
+
+class Level(Enum):
+    """The exit status of a plug-in."""
+
+    OK = 0
+    WARNING = 1
+    CRITICAL = 2
+    UNKNOWN = 3
+
+
+WORST_FIRST = (Level.CRITICAL, Level.UNKNOWN, Level.WARNING)
+
+
+class Unknown(BackyError):
+    """Something keeps us from knowing."""
+
+    status = Level.UNKNOWN.value
+
+
+# An entry on one line, as it is written by us and, with folded lines, by 2.x.
+STATUS_PAIR = re.compile(
+    r"([a-z_]+): (?:'((?:[^'\n]|'')*)'|([0-9A-Za-z./](?:[0-9A-Za-z ._/+-]*[0-9A-Za-z._/+-])?))"
+    r"(?:, |\}\n?\Z)"
+)
+
+
+def status_text(path: str) -> tuple[str, float]:
+    """The text of the status file and the time of its last change.  Raises Unknown."""
+    shown = printable(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise Unknown(f"{shown} is no regular file")
+            data = b""
+            while len(data) <= MAX_STATUS_FILE:
+                piece = os.read(fd, MAX_STATUS_FILE + 1 - len(data))
+                if not piece:
+                    return data.decode("utf-8"), status.st_mtime
+                data += piece
+        finally:
+            close(fd)
+    except FileNotFoundError:
+        raise Unknown(f"No status file found at {shown}") from None
+    except OSError as e:
+        raise Unknown(f"cannot read {shown}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise Unknown(f"{shown} is damaged: it is not UTF-8") from e
+    raise Unknown(f"{shown} is larger than {format_size(MAX_STATUS_FILE)}")
+
+
+def plain_values(node: Node) -> Any:
+    """All scalars as text, None for null: a job may be called `on`."""
+    if isinstance(node, Mapping):
+        return {key: plain_values(value) for key, (_, value) in node.entries.items()}
+    if isinstance(node, Sequence):
+        return [plain_values(one) for one in node.items]
+    return None if node.plain and node.text in PLAIN_NULL else node.text
+
+
+def parse_status_line(line: str) -> dict[str, Any] | None:
+    """A mapping of plain and singly quoted texts on one line; None if it is anything else."""
+    entry: dict[str, Any] = {}
+    at = len("- {")
+    if not re.search(r"[^ ,]\}\n?\Z", line):
+        return None
+    while at < len(line):
+        pair = STATUS_PAIR.match(line, at)
+        if not pair or pair[1] in entry:
+            return None
+        quoted, plain = pair[2], pair[3]
+        if quoted is not None:
+            entry[pair[1]] = quoted.replace("''", "'")
+        else:
+            entry[pair[1]] = None if plain in PLAIN_NULL else plain
+        at = pair.end()
+    return entry
+
+
+def parse_status_piece(piece: str) -> Any:
+    """One entry of the list, beginning with its dash.  Raises YAMLError."""
+    if piece.startswith("- {") and "\t" not in piece:
+        entry = parse_status_line(re.sub(r" *\n +", " ", piece))
+        if entry is not None:
+            return entry
+    if re.search(r"\n(?!  |\n|\Z)", piece):  # there is more than an entry
+        return plain_values(parse_yaml(piece))[0]
+    try:
+        return plain_values(parse_yaml(piece[2:].replace("\n  ", "\n")))
+    except YAMLError as e:
+        raise YAMLError(e.message, e.line, e.column + 2) from e
+
+
+def parse_status(text: str) -> list[Any]:
+    """The entries of a status file, one by one: it may be longer than other YAML of ours.
+
+    Raises YAMLError.
+    """
+    head, *pieces = re.split(r"^(?=- )", text, flags=re.MULTILINE)
+    if not pieces or not re.fullmatch(r"(?:(?:#[^\n]*|---)?\n)*", head):
+        values = plain_values(parse_yaml(text))
+        return values if isinstance(values, list) else [values]
+    entries, line = [], 1 + head.count("\n")
+    for piece in pieces:
+        try:
+            if FORBIDDEN_CHARACTER.search(piece):
+                raise YAMLError("control character", 1, 1)
+            entries.append(parse_status_piece(piece))
+        except YAMLError as e:
+            raise YAMLError(e.message, line + e.line - 1, e.column) from e
+        line += piece.count("\n")
+    return entries
+
+
+def format_age(seconds: float) -> str:
+    """`47.9 h`, `12 min`."""
+    if seconds >= 5 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+def parse_moment(text: object) -> datetime | None:
+    period = parse_period(text) if isinstance(text, str) else None
+    return period and period[0]
+
+
+def parse_number(text: object, default: float | None = 0.0) -> float | None:
+    """A finite number that is not negative, else `default`."""
+    if isinstance(text, str) and re.fullmatch(
+        r"[0-9]{1,18}(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?", text
+    ):
+        return float(text)
+    return default
+
+
+def parse_text(text: object) -> str:
+    """For people; empty for nothing."""
+    return "" if text in (None, "-", "") else printable(text).replace("|", "/")
+
+
+@dataclass(frozen=True)
+class WatchedJob:
+    """What the status file says of a job; all but the first two may be missing (2.x)."""
+
+    name: str
+    sla: str
+    status: str
+    last_time: datetime | None
+    failures: int
+    last_error: str
+    sla_limit: float | None  # seconds
+    first_seen: datetime | None
+    trust: str
+    is_stuck: bool
+    problem: str
+    quarantined: int  # 2.5
+
+    @classmethod
+    def of(cls, entry: Any) -> WatchedJob:
+        """Raises Unknown for what is no entry of a job."""
+        if not isinstance(entry, dict) or not (entry.get("job") and entry.get("sla")):
+            raise Unknown("an entry has no job or no sla")
+        status = parse_text(entry.get("status"))
+        return cls(
+            name=parse_text(entry["job"]),
+            sla=parse_text(entry["sla"]),
+            status=status,
+            last_time=parse_moment(entry.get("last_time")),
+            failures=int(parse_number(entry.get("failures"))),
+            last_error=parse_text(entry.get("last_error"))[:300],
+            sla_limit=parse_number(entry.get("sla_limit"), None),
+            first_seen=parse_moment(entry.get("first_seen")),
+            trust=parse_text(entry.get("trust")),
+            is_stuck=entry.get("stuck") in PLAIN_TRUE or status == "stuck",
+            problem=parse_text(entry.get("problem"))[:300],
+            quarantined=int(parse_number(entry.get("quarantine_reports"))),
+        )
+
+    @property
+    def is_late(self) -> bool:
+        return self.sla != "OK"
+
+    @property
+    def is_failing(self) -> bool:
+        return self.failures >= FAILURES_IN_A_ROW
+
+    def age(self, now: datetime) -> float | None:
+        """Seconds since the last backup."""
+        return max(0.0, (now - self.last_time).total_seconds()) if self.last_time else None
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """All that the status file says."""
+
+    jobs: list[WatchedJob]
+    scheduler: dict[str, Any]  # empty in a file of 2.x
+    changed: float  # seconds since 1970
+
+    @classmethod
+    def load(cls, path: str) -> StatusFile:
+        """Raises Unknown."""
+        text, changed = status_text(path)
+        try:
+            entries = parse_status(text)
+            jobs = [WatchedJob.of(entry) for entry in entries]
+        except (YAMLError, Unknown, RecursionError) as e:
+            raise Unknown(f"{printable(path)} is damaged: {e}") from e
+        scheduler = entries[0].get("scheduler") if entries else None
+        return cls(jobs, scheduler if isinstance(scheduler, dict) else {}, changed)
+
+    def age(self, now: datetime) -> float:
+        """Seconds since it was written, or touched by anybody before that.  Raises Unknown."""
+        written = parse_moment(self.scheduler.get("written"))
+        moments = [self.changed, *([written.timestamp()] if written else [])]
+        if max(moments) - now.timestamp() > FUTURE_AFTER:
+            hours = format_age(max(moments) - now.timestamp())
+            raise Unknown(f"Status file is from the future ({hours}): a clock is wrong")
+        return max(0.0, now.timestamp() - min(moments))
+
+    @property
+    def reload_error(self) -> str:
+        return parse_text(self.scheduler.get("reload_error"))
+
+
+def guess_status_file(text: str, path: str, default: str) -> str:
+    """Where a file that cannot be parsed says that the status file is."""
+    found = dict(
+        re.findall(r"^[ \t]+(base-dir|status-file)[ \t]*:[ \t]+([^#\n]*)", text, re.MULTILINE)
+    )
+    found = {key: value.strip(" \t\r'\"") for key, value in found.items()}
+    directory = os.path.dirname(path)
+    base = os.path.join(directory, found.get("base-dir", os.path.dirname(default)))
+    status = found.get("status-file", "status").replace("{base-dir}", base)
+    return os.path.normpath(os.path.join(base, status))
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What check needs of the configuration."""
+
+    status_file: str
+    status_interval: float  # seconds
+    warning: Space
+    critical: Space
+    jobs: tuple[str, ...] = ()
+    changed: float = math.inf  # when the configuration was written, seconds since 1970
+    fault: str = ""  # why the configuration cannot be used
+
+    @classmethod
+    def load(cls, path: str) -> CheckSettings:
+        """Raises Unknown if not even the place of the status file can be found out.
+
+        A faulty configuration does not hide what a running scheduler, which has
+        refused it and goes on with the one before, has to tell.
+        """
+        configuration = Configuration(path)
+        try:
+            settings = configuration.load()
+        except ConfigErrors as e:
+            return cls.of_faulty(configuration, e.summary)
+        changed = max(map(os.path.getmtime, configuration.documents))
+        interval = settings.status_interval.total_seconds()
+        space = settings.space_warning, settings.space_critical
+        return cls(settings.status_file, interval, *space, tuple(settings.jobs), changed)
+
+    @classmethod
+    def of_faulty(cls, configuration: Configuration, fault: str) -> CheckSettings:
+        values = configuration.settings
+        if configuration.documents and not values:
+            values = configuration.read_global()
+        names = ("status-file", "status-interval", "space-warning", "space-critical")
+        if not set(names) <= set(values):
+            raise Unknown(fault)
+        path, interval, *space = (values[name].value for name in names)
+        document = next(iter(configuration.documents.values()))
+        if configuration.section is None and isinstance(document.root, Scalar):  # it is no YAML
+            path = guess_status_file(document.text, configuration.path, path)
+        return cls(path, interval.total_seconds(), *space, fault=fault)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason for not being OK, and the jobs that have it."""
+
+    level: Level
+    text: str
+    jobs: tuple[WatchedJob, ...] = ()
+
+
+JOB_FINDINGS: tuple[tuple[Level, str, Callable[[WatchedJob], bool]], ...] = (
+    (Level.CRITICAL, "not within SLA", lambda job: job.is_late),
+    (Level.CRITICAL, "stuck", lambda job: job.is_stuck),
+    (Level.WARNING, "failing", lambda job: job.is_failing),
+    (Level.WARNING, "with a distrusted last revision", lambda job: job.trust == "distrusted"),
+    (Level.WARNING, "with a problem", lambda job: bool(job.problem)),
+    (Level.WARNING, "with quarantine reports", lambda job: job.quarantined > 0),
+)
+
+
+def list_names(names: ListLike[str]) -> str:
+    """The first of them, and how many there are more; never long."""
+    shown = list(names[:MAX_CHECK_NAMES])
+    while len(shown) > 1 and sum(map(len, shown)) > 200:
+        shown.pop()
+    more = len(names) - len(shown)
+    return ", ".join(shown)[:250] + (f", ... and {more} more" if more else "")
+
+
+def format_figure(value: float) -> str:
+    """A decimal number without exponent."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") if value % 1 else str(int(value))
+
+
+def figure(label: str, value: float, unit: str = "", *ranges: object) -> str:
+    """One piece of performance data: label=value, unit, then warn; crit; min; max."""
+    texts = ["" if one is None else str(one) for one in ranges]
+    return ";".join([f"{label}={format_figure(value)}{unit}", *texts]).rstrip(";")
+
+
+class Check:
+    """The judgement on a status file, for all jobs or for chosen ones."""
+
+    def __init__(self, settings: CheckSettings, status: StatusFile, now: datetime) -> None:
+        self.settings, self.status, self.now = settings, status, now
+        self.jobs = status.jobs
+        self.is_whole = True  # also what concerns no single job
+        self.findings: list[Finding] = []
+
+    def choose(self, names: ListLike[str], pattern: str | None) -> None:
+        """Look at some jobs only.  Raises Unknown if there are none of that name."""
+        if not names and pattern is None:
+            return
+        known = {job.name: job for job in self.jobs}
+        for name in names:
+            if name not in known:
+                alike = suggestion(name, known)
+                raise Unknown(f"no job {printable(name)!r} in the status file{alike}")
+        chosen = set(names)
+        if pattern is not None:
+            search = compile_pattern(pattern).search
+            chosen |= {name for name in known if search(name)}
+        if not chosen:
+            raise Unknown(f"no job matches {printable(pattern)!r}")
+        self.jobs = [job for job in self.jobs if job.name in chosen]
+        self.is_whole = False
+
+    def judge(self, space_given: bool) -> None:
+        """Find all reasons, the worst first."""
+        for level, what, concerns in JOB_FINDINGS:
+            jobs = tuple(filter(concerns, self.jobs))
+            if jobs:
+                text = f"{len(jobs)} jobs {what}: {list_names([job.name for job in jobs])}"
+                self.findings.append(Finding(level, text, jobs))
+        if self.is_whole or space_given:
+            self.judge_space(space_given)
+        if self.is_whole:
+            self.judge_scheduler()
+        self.findings.sort(key=lambda finding: WORST_FIRST.index(finding.level))
+
+    def judge_space(self, space_given: bool) -> None:
+        free, size = self.space
+        if free is None or size is None:
+            if space_given:
+                self.findings.append(Finding(Level.UNKNOWN, "the status file has no free space"))
+            return
+        levels = (Level.CRITICAL, self.settings.critical), (Level.WARNING, self.settings.warning)
+        for level, least in levels:
+            if free < least.of(size):
+                text = f"free space {format_size(int(free))} is less than {least}"
+                self.findings.append(Finding(level, text))
+                return
+
+    def judge_scheduler(self) -> None:
+        error = self.status.reload_error
+        if error:
+            text = f"the changed configuration is not in use: {error[:200]}"
+            self.findings.append(Finding(Level.WARNING, text))
+        stuck = int(parse_number(self.status.scheduler.get("stuck")))
+        if stuck and not any(job.is_stuck for job in self.jobs):
+            text = f"{stuck} processes of backups are stuck"
+            self.findings.append(Finding(Level.CRITICAL, text))
+        names = {job.name for job in self.jobs}
+        strange = [name for name in self.settings.jobs if name not in names]
+        if strange and not names:
+            self.findings.append(Finding(Level.UNKNOWN, "the status file has no jobs"))
+        elif strange and self.status.scheduler and self.is_long_changed:
+            text = (
+                f"{len(strange)} jobs not known to the scheduler, reload it: {list_names(strange)}"
+            )
+            self.findings.append(Finding(Level.WARNING, text))
+
+    @property
+    def is_long_changed(self) -> bool:
+        return self.now.timestamp() - self.settings.changed > RELOAD_WITHIN
+
+    @property
+    def space(self) -> tuple[float | None, float | None]:
+        """Free and all bytes where the revisions are."""
+        return tuple(parse_number(self.status.scheduler.get(key), None) for key in ("free", "size"))
+
+    @property
+    def level(self) -> Level:
+        return self.findings[0].level if self.findings else Level.OK
+
+    @property
+    def summary(self) -> str:
+        if not self.findings:
+            return f"OK: {len(self.jobs)} jobs within SLA"
+        return f"{self.level.name}: {'; '.join(finding.text for finding in self.findings)}"
+
+    def figures(self) -> list[str]:
+        """Performance data; what is not known is left out."""
+        count = len(self.jobs)
+
+        def having(*beginnings: str) -> int:
+            return sum(job.status.startswith(beginnings) for job in self.jobs)
+
+        limit = self.status.scheduler.get("worker_limit")
+        figures = [
+            figure("jobs", count, "", None, None, 0),
+            figure("overdue", sum(job.is_late for job in self.jobs), "", 0, 0, 0, count),
+            figure("running", having("running", "active"), "", None, None, 0, parse_text(limit)),
+            figure("queued", having("queued", "waiting for worker"), "", None, None, 0),
+            figure("failing", sum(job.is_failing for job in self.jobs), "", 0, None, 0, count),
+            figure("stuck", sum(job.is_stuck for job in self.jobs), "", None, 0, 0, count),
+        ]
+        ages = [(job.age(self.now), job.sla_limit) for job in self.jobs if job.last_time]
+        if ages:
+            age, most = max(ages, key=lambda one: one[0])
+            crit = format_figure(most) if most else None
+            figures.append(figure("age_max", int(age), "s", None, crit, 0))
+        free, size = self.space
+        if self.is_whole and free is not None and size is not None:
+            limits = (self.settings.warning.of(int(size)), self.settings.critical.of(int(size)))
+            ranges = [f"{limit}:" if limit else None for limit in limits]
+            figures.append(figure("free", free, "B", *ranges, 0, int(size)))
+        return figures
+
+    def describe(self, job: WatchedJob) -> str:
+        """One line on what is behind the first one."""
+        last = f"{format_time(job.last_time)} UTC" if job.last_time else "-"
+        words = []
+        age = job.age(self.now)
+        if age is not None:
+            limit = f", limit {format_age(job.sla_limit)}" if job.sla_limit else ""
+            words.append(f"{format_age(age)} ago{limit}")
+        elif job.is_late:
+            words.append("no backup yet")
+            if job.first_seen:
+                seen = (self.now - job.first_seen).total_seconds()
+                words[-1] += f", first seen {format_age(max(seen, 0.0))} ago"
+        if job.is_stuck:
+            words.append("a process of it is stuck")
+        if job.failures:
+            words.append(f"{count_of(job.failures, 'failure')} in a row")
+        if job.last_error:
+            words.append(f"last error: {job.last_error}")
+        if job.trust == "distrusted":
+            words.append("its last revision is distrusted")
+        if job.problem:
+            words.append(job.problem)
+        if job.quarantined:
+            words.append(count_of(job.quarantined, "quarantine report"))
+        return f"{job.name} (last time: {last})" + (f": {'; '.join(words)}" if words else "")
+
+    def affected(self, verbose: bool) -> list[WatchedJob]:
+        """The jobs that are behind the first line, those with the worst reason first."""
+        found = {job.name: job for finding in self.findings for job in finding.jobs}
+        if verbose:
+            found.update((job.name, job) for job in self.jobs if job.name not in found)
+        return list(found.values())
+
+    def text(self, verbose: bool) -> str:
+        """What a plug-in prints: at most 8 KiB, and what is left out is counted."""
+        first = self.summary
+        if len(first) > 1000:
+            first = f"{first[:1000]} ..."
+        lines = [f"{first} | {' '.join(self.figures())}"]
+        left = MAX_CHECK_TEXT - len(lines[0].encode("utf-8", "replace"))
+        rest = [self.describe(job) for job in self.affected(verbose)]
+        for at, line in enumerate(rest):
+            left -= len(line.encode("utf-8", "replace")) + 1
+            if left < 40:  # room for this last line
+                lines.append(f"... and {len(rest) - at} more")
+                break
+            lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    def json(self) -> dict[str, Any]:
+        free, size = self.space
+        return {
+            "state": self.level.name,
+            "status": self.level.value,
+            "summary": self.summary,
+            "findings": [
+                {
+                    "state": finding.level.name,
+                    "text": finding.text,
+                    "jobs": [job.name for job in finding.jobs],
+                }
+                for finding in self.findings
+            ],
+            "jobs": [self.job_json(job) for job in self.jobs],
+            "free": None if free is None else int(free),
+            "size": None if size is None else int(size),
+        }
+
+    def job_json(self, job: WatchedJob) -> dict[str, Any]:
+        return {
+            "job": job.name,
+            "sla": job.sla,
+            "status": job.status or None,
+            "last_time": format_time_json(job.last_time),
+            "age": job.age(self.now),
+            "sla_limit": job.sla_limit,
+            "failures": job.failures,
+            "last_error": job.last_error or None,
+            "trust": job.trust or None,
+            "stuck": job.is_stuck,
+            "problem": job.problem or None,
+        }
+
+
+def format_stale(limit: float) -> str:
+    minutes = limit / 60
+    span = f"{minutes:.0f} minutes" if minutes % 1 == 0 else f"{limit:.0f} seconds"
+    return f"CRITICAL: Status file is older than {span}"
+
+
+def load_check(
+    path: str, warning: Space | None, critical: Space | None, now: datetime
+) -> Check | str:
+    """All there is to be judged, or the sentence on a status file that is too old.
+
+    Raises Unknown.
+    """
+    settings = CheckSettings.load(path)
+    try:
+        status = StatusFile.load(settings.status_file)
+        age = status.age(now)
+    except Unknown as e:
+        raise (Unknown(settings.fault) if settings.fault else e) from e
+    limit = max(STALE_AFTER, 10 * settings.status_interval)
+    if settings.fault and not (age <= limit and status.reload_error):
+        raise Unknown(settings.fault)
+    if age > limit:
+        return format_stale(limit)
+    given = {"warning": warning, "critical": critical}
+    settings = replace(settings, **{key: one for key, one in given.items() if one is not None})
+    return Check(settings, status, now)
+
+
+def answer_of_child(work: Callable[[], bytes], seconds: float) -> bytes:
+    """What `work` returns, from a process of its own; nothing if that crashed.
+
+    Raises TimeUp.  The child may wait for a file server that is gone, where not even
+    a signal would reach it; so it is left alone then, and holds no file of ours.
+    """
+    import select
+
+    ours, theirs = os.pipe()
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # what fork() calls swallows exceptions
+    child = os.fork()
+    if not child:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            null = os.open("/dev/null", os.O_RDWR)
+            for fd in range(3):
+                os.dup2(null, fd)
+            rest = work()
+            while rest:
+                rest = rest[os.write(theirs, rest) :]
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    answer, until = b"", time.monotonic() + seconds
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while select.select([ours], [], [], max(0.0, until - time.monotonic()))[0]:
+            piece = os.read(ours, MiB)
+            if not piece:
+                os.waitpid(child, 0)
+                return answer
+            answer += piece
+        raise TimeUp
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, os.WNOHANG)
+        raise
+    finally:
+        os.close(ours)
+
+
 # ==== Command line ===========================================================
 #
 # Each command stands with its arguments and its help.  -b, -l and -v may stand
@@ -5064,7 +9648,7 @@ def command(
     def register(
         run: Callable[[argparse.Namespace], int | None],
     ) -> Callable[[argparse.Namespace], int | None]:
-        COMMANDS[run.__name__] = Command(run, arguments, examples)
+        COMMANDS[run.__name__.replace("_", "-")] = Command(run, arguments, examples)
         return run
 
     return register
@@ -5075,6 +9659,12 @@ SPEC_HELP = f"{SPEC_WORDS} (default: last)"
 REVISION = argument("-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_HELP)
 THE_REVISION = argument(
     "-r", "--revision", metavar="SPEC", default=argparse.SUPPRESS, help=SPEC_WORDS
+)
+CONFIG = argument(
+    *("-c", "--config"),
+    metavar="FILE",
+    default=argparse.SUPPRESS,
+    help=f"the configuration (default: {DEFAULT_CONFIG})",
 )
 FORCE = argument("-f", "--force", action="store_true", help="do it without asking")
 JSON = argument("--json", action="store_true", help="print JSON")
@@ -5119,6 +9709,20 @@ def init(args: argparse.Namespace) -> None:
     initialise(args.directory, args.type, args.source)
 
 
+def refuse_unknown_tags(name: str, tags: tuple[str, ...], schedule: Schedule) -> None:
+    """Raise BackyError for a tag that would go with the next expiry."""
+    for tag in tags:
+        if tag not in schedule.tags and not tag.startswith("manual:"):
+            alike = suggestion(tag, schedule.tags)
+            if not alike and tag.startswith("manual"):
+                alike = " (manual:NAME?)"
+            raise BackyError(
+                f"{name}: no tag {tag!r} in its schedule{alike}",
+                f"its tags are {', '.join(schedule.tags)} and manual: with anything behind it; "
+                "--force takes any, but such a tag goes when revisions expire",
+            )
+
+
 def parse_wait(text: str) -> float:
     if text == "forever":
         return math.inf
@@ -5136,6 +9740,7 @@ def parse_wait(text: str) -> float:
     argument(
         "--no-resume", action="store_true", help="do not go on with what an interrupted run left"
     ),
+    argument(*("-f", "--force"), action="store_true", help="take tags that are in no schedule"),
     argument(
         "--wait",
         metavar="[=TIME]",
@@ -5150,6 +9755,8 @@ def backup(args: argparse.Namespace) -> None:
     tags = parse_tags(args.tags)
     with Repository.open(args.directory) as repository:
         job = load_job(repository)
+        if job.schedule and not args.force:
+            refuse_unknown_tags(repository.name, tags, job.schedule)
         if args.verify:
             job = replace(job, verify=VerifyMode(args.verify))
         with repository.job_lock("backup", args.wait):
@@ -5488,6 +10095,230 @@ def forget(args: argparse.Namespace) -> None:
         log.info("%s: %s is deleted", repository.name, revision.id)
 
 
+JOB = argument("job", metavar="JOB", nargs="?", help="one job of the configuration (default: all)")
+# by whether it is only a trial, then by what is kept
+EXPIRY_WORDS = {True: ("drop", "keep"), False: ("removed", "kept")}
+
+
+@contextmanager
+def one_of_many(name: str, failures: list[dict[str, str]]) -> Iterator[None]:
+    """Log an error of one job and note it, so that the others are not held up."""
+    try:
+        yield
+    except BackyError as e:
+        log.error("%s", e)
+        if e.hint:
+            log.error("hint: %s", e.hint)
+        failures.append({"job": name, "error": str(e)})
+
+
+def choose_jobs(settings: Settings, name: str | None) -> list[JobSettings]:
+    """The job of that name, or all.  Raises NotFound."""
+    if name is None:
+        return list(settings.jobs.values())
+    if name not in settings.jobs:
+        alike = suggestion(name, settings.jobs)
+        raise NotFound(f"no job {printable(name)!r}{alike} in {printable(settings.path)}")
+    return [settings.jobs[name]]
+
+
+def verdict_json(verdict: Verdict, is_trial: bool) -> dict[str, Any]:
+    return {
+        **revision_json(verdict.revision),
+        "keep": verdict.keep,
+        "reason": verdict.reason,
+        "tags_left": list(verdict.tags),
+        "done": verdict.changes and not is_trial and not verdict.failure,
+        "failure": verdict.failure or None,
+    }
+
+
+def print_expiry(name: str, verdicts: list[Verdict], is_trial: bool) -> None:
+    words, rows = EXPIRY_WORDS[is_trial], []
+    for one in verdicts:
+        tags = printable(",".join(one.revision.tags))
+        word = "failed" if one.failure else words[one.keep]
+        rows.append([format_time(one.revision.timestamp), one.revision.id, tags, word, one.reason])
+    output(format_table(["Date (UTC)", "ID", "Tags", "Verdict", "Reason"], rows))
+    to = "to " if is_trial else ""
+    counts = [f"{sum(row[3] == word for row in rows)} {to}{word}" for word in reversed(words)]
+    failed = sum(bool(one.failure) for one in verdicts)
+    counts += [f"{failed} failed"] if failed else []
+    output(f"{name}: {count_of(len(rows), 'revision')}: {', '.join(counts)}\n")
+
+
+class Expiry:
+    """One run of `expire`: over one directory or many, and what came of it."""
+
+    def __init__(self, is_trial: bool, is_json: bool) -> None:
+        self.is_trial, self.is_json = is_trial, is_json
+        self.jobs: list[dict[str, Any]] = []
+        self.failures: list[dict[str, str]] = []
+
+    def run(self, repository: Repository, schedule: Schedule) -> None:
+        """Judge, do it, and show it.  Raises BackyError if not all could be done."""
+        now = datetime.now(UTC)
+        trial = self.is_trial or bool(repository.problems)
+        verdicts = (judge if trial else expire_revisions)(repository, schedule, now)
+        if self.is_json:
+            listing = [verdict_json(one, trial) for one in verdicts]
+            self.jobs.append({"job": repository.name, "revisions": listing})
+        else:
+            print_expiry(repository.name, verdicts, trial)
+        refuse_unreadable(repository)
+        failed = [one for one in verdicts if one.failure]
+        if failed:
+            count = count_of(len(failed), "revision")
+            raise BackyError(f"{repository.name}: {count} did not expire: {failed[0].failure}")
+
+    def run_job(self, job: JobSettings, base_dir: str) -> None:
+        with one_of_many(job.name, self.failures):
+            try:
+                repository = Repository.open(os.path.join(base_dir, job.name))
+            except NotFound as e:
+                log.info("%s: nothing to expire: %s", job.name, e)
+                return
+            with repository:
+                self.run(repository, job.schedule)
+
+
+@command(
+    JOB,
+    CONFIG,
+    JSON,
+    argument("-n", "--dry-run", action="store_true", help="only show what would be done"),
+    examples="backy -b /srv/backy/vm1 expire -n\nbacky expire -c /etc/backy.conf vm1",
+)
+def expire(args: argparse.Namespace) -> int:
+    """Remove the revisions that nothing keeps any more, and say why."""
+    expiry = Expiry(args.dry_run, args.json)
+    if args.config_given or args.job is not None:
+        if args.directory != ".":
+            raise BackyError("-b names one directory, -c and JOB those of a configuration")
+        settings = load_settings(args.config)
+        for job in choose_jobs(settings, args.job):
+            expiry.run_job(job, settings.base_dir)
+    else:
+        with Repository.open(args.directory) as repository:
+            with one_of_many(repository.name, expiry.failures):
+                expiry.run(repository, load_schedule(repository))
+    if args.json:
+        output_json(dry_run=args.dry_run, jobs=expiry.jobs, failed=expiry.failures)
+    return 1 if expiry.failures else 0
+
+
+def parse_days(text: str) -> timedelta:
+    if not re.fullmatch("[0-9]{1,4}", text, re.ASCII) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days from 1 to 9999")
+    return timedelta(days=int(text))
+
+
+def parse_simulated(text: str) -> timedelta:
+    try:
+        return parse_time_span(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def load_revisions(
+    job: JobSettings, base_dir: str, failures: list[dict[str, str]]
+) -> list[Revision] | None:
+    """The revisions of a job, none if it has no directory yet; a failure is noted and is None."""
+    with one_of_many(job.name, failures):
+        try:
+            with Repository.open(os.path.join(base_dir, job.name)) as repository:
+                return repository.revisions
+        except NotFound:
+            return []
+    return None
+
+
+def plan_runs(settings: Settings, args: argparse.Namespace) -> int:
+    """Show the coming runs, as far as there is room."""
+    failures: list[dict[str, str]] = []
+    jobs = choose_jobs(settings, args.job)
+    known = {job.name: job.schedule for job in jobs}
+    loaded = [(job, load_revisions(job, settings.base_dir, failures)) for job in jobs]
+    past = [(job, past_of(found)) for job, found in loaded if found is not None]
+    now = datetime.now(UTC)
+    runs = coming_runs_of_all(past, now, now + args.days)
+    shown = list(itertools.islice(runs, LISTED_RUNS if args.json else SHOWN_RUNS))
+    more = sum(1 for _ in itertools.islice(runs, COUNTED_RUNS + 1))
+    words = [explain_run(run, known[run.job]) for run in shown]
+    if args.json:
+        listing = [
+            {"time": format_time_json(run.moment), "job": run.job, "tags": run.tags, "reason": why}
+            for run, why in zip(shown, words)
+        ]
+        output_json(runs=listing, more=more, failed=failures)
+        return 1 if failures else 0
+    rows = [
+        [format_time(run.moment), run.job, ",".join(run.tags), why]
+        for run, why in zip(shown, words)
+    ]
+    output(format_table(["Time (UTC)", "Job", "Tags", "Reason"], rows))
+    count = f"more than {COUNTED_RUNS}" if more > COUNTED_RUNS else str(more)
+    rest = f", and {count} more up to {format_time(now + args.days)}" if more else ""
+    output(f"{count_of(len(shown), 'run')}{rest}\n")
+    return 1 if failures else 0
+
+
+def print_simulation(simulation: Simulation, verdicts: list[Verdict], span: timedelta) -> None:
+    rows = []
+    for one in verdicts:
+        tags = printable(",".join(one.tags))
+        rows.append([format_time(one.revision.timestamp), one.revision.id or "-", tags, one.reason])
+    output(format_table(["Date (UTC)", "ID", "Tags", "Reason"], rows))
+    output(
+        f"{simulation.job}: {count_of(len(rows), 'revision')} after {format_span(span)} "
+        f"with {count_of(simulation.runs, 'run')}\n"
+    )
+
+
+def plan_simulated(settings: Settings, args: argparse.Namespace) -> int:
+    """Show what would be there after a time."""
+    failures: list[dict[str, str]] = []
+    jobs, listing = choose_jobs(settings, args.job), []
+    runs = sum(count_runs(job.schedule, args.simulate) for job in jobs)
+    if runs > SIMULATED_RUNS:
+        raise BackyError(
+            f"these are {runs} runs, and {SIMULATED_RUNS} can be simulated",
+            "name one JOB, or take a shorter time",
+        )
+    now = datetime.now(UTC)
+    for job in jobs:
+        revisions = load_revisions(job, settings.base_dir, failures)
+        simulation = Simulation(job.name, job.schedule, revisions or [])
+        verdicts = simulation.run(now, now + args.simulate)
+        if args.json:
+            found = [verdict_json(one, True) for one in verdicts]
+            listing.append({"job": job.name, "runs": simulation.runs, "revisions": found})
+        else:
+            print_simulation(simulation, verdicts, args.simulate)
+    if args.json:
+        output_json(jobs=listing, failed=failures)
+    return 1 if failures else 0
+
+
+@command(
+    JOB,
+    CONFIG,
+    JSON,
+    argument("--days", metavar="N", type=parse_days, default=timedelta(days=7), help="default: 7"),
+    argument(
+        "--simulate",
+        metavar="TIME",
+        type=parse_simulated,
+        help="show which revisions there would be after that time: 400d",
+    ),
+    examples="backy plan -c /etc/backy.conf --days 1\nbacky plan vm1 --simulate 400d",
+)
+def plan(args: argparse.Namespace) -> int:
+    """Show the coming backups, and why they are due then."""
+    settings = load_settings(args.config)
+    return plan_simulated(settings, args) if args.simulate else plan_runs(settings, args)
+
+
 @command(
     argument("place", metavar="DIR", nargs="?", help="where to make the temporary directory"),
     examples="backy selftest /srv/backy",
@@ -5509,6 +10340,198 @@ def selftest(args: argparse.Namespace) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def examine_config(args: argparse.Namespace) -> int:
+    """Print all mistakes and warnings; 1 if there is a mistake."""
+    configuration = Configuration(args.config)
+    with suppress(ConfigErrors):
+        Examination(configuration, configuration.load()).run()
+    examine_files(configuration)
+    try:
+        configuration.check()
+    except ConfigErrors as e:
+        sys.stderr.write(f"{e}\n")
+        return 1
+    for remark in configuration.remarks:
+        sys.stderr.write(f"{remark}\n")
+    jobs, schedules = (len(configuration.entries[kind]) for kind in ("job", "schedule"))
+    counts = f"{count_of(jobs, 'job')}, {count_of(schedules, 'schedule')}"
+    remarks = count_remarks(configuration.remarks)
+    output(f"{printable(configuration.path)}: {counts}, {remarks}\n")
+    return 0
+
+
+@command(CONFIG, examples="backy scheduler -c /etc/backy.conf -l /var/log/backy.log")
+def scheduler(args: argparse.Namespace) -> None:
+    """Make backups when they are due, until a signal ends it."""
+    Scheduler(load_settings(args.config)).run_until_stopped()
+
+
+@command(CONFIG, examples="backy check-config -c /etc/backy.conf")
+def check_config(args: argparse.Namespace) -> int:
+    """Look for mistakes in the configuration."""
+    return examine_config(args)
+
+
+@command(
+    argument("action", metavar="ACTION", choices=("check", "show"), help="check or show"),
+    CONFIG,
+    JSON,
+    examples="backy config show\nbacky config check -c /etc/backy.conf",
+)
+def config(args: argparse.Namespace) -> int:
+    """Show all settings and where each is from, or look for mistakes."""
+    if args.action == "check":
+        if args.json:
+            raise BackyError("--json goes with config show")
+        return examine_config(args)
+    configuration = Configuration(args.config)
+    settings = configuration.load()
+    overview = Overview(configuration)
+    if args.json:
+        files = [document.path for document in configuration.documents.values()]
+        output_json(path=printable(settings.path), files=files, **overview.json())
+    else:
+        output(overview.text())
+    return 0
+
+
+def parse_threshold(text: str) -> Space:
+    try:
+        return parse_space(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def unable(level: Level, text: str) -> tuple[int, dict[str, Any], str]:
+    """An answer that is nothing but a sentence."""
+    text = printable(text).replace("|", "/")[:1000]
+    return level.value, {"state": level.name, "status": level.value, "summary": text}, f"{text}\n"
+
+
+def check_answer(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """Status, JSON and text of what check has to say, whatever happens."""
+    try:
+        now = datetime.now(UTC)
+        result = load_check(args.config, args.warning, args.critical, now)
+        if isinstance(result, str):
+            return unable(Level.CRITICAL, result)
+        result.choose(args.jobs, args.match)
+        result.judge(space_given=args.warning is not None or args.critical is not None)
+        return result.level.value, result.json(), result.text(args.verbose)
+    except BackyError as e:
+        return unable(Level.UNKNOWN, f"UNKNOWN: {e}")
+    except Exception as e:  # whatever it is, monitoring must not take it for a known state
+        return unable(Level.UNKNOWN, f"UNKNOWN: check failed: {type(e).__name__}: {e}")
+
+
+@command(
+    argument("jobs", metavar="JOB", nargs="*", help="look at these jobs only"),
+    argument("--match", metavar="REGEX", help="look at the jobs in whose name REGEX is found"),
+    argument(
+        *("-w", "--warning"),
+        metavar="SPACE",
+        type=parse_threshold,
+        help="warn with less free space: 10%%, 200G (default: space-warning)",
+    ),
+    argument(
+        *("-C", "--critical"),
+        metavar="SPACE",
+        type=parse_threshold,
+        help="critical with less free space (default: space-critical)",
+    ),
+    argument(
+        *("-t", "--timeout"),
+        metavar="TIME",
+        type=parse_limit,
+        default=CHECK_TIMEOUT,
+        help="UNKNOWN if it takes longer (default: 10 seconds)",
+    ),
+    JSON,
+    CONFIG,
+    examples="backy check -c /etc/backy.conf\nbacky check -w 200G -C 50G\nbacky check vm1",
+)
+def check(args: argparse.Namespace) -> int:
+    """Tell monitoring whether all jobs have recent backups."""
+    import json
+
+    def work() -> bytes:
+        return json.dumps(check_answer(args)).encode()
+
+    try:
+        answer = answer_of_child(work, args.timeout)
+        status, values, text = (
+            json.loads(answer)
+            if answer
+            else unable(Level.UNKNOWN, "UNKNOWN: check ended without an answer")
+        )
+    except TimeUp:
+        status, values, text = unable(
+            Level.UNKNOWN, f"UNKNOWN: no answer within {args.timeout:g} seconds"
+        )
+    except (Stopped, OSError, ValueError) as e:
+        status, values, text = unable(Level.UNKNOWN, f"UNKNOWN: check failed: {e}")
+    try:
+        if args.json:
+            output_json(**values)
+        else:
+            output(text)
+    except (OSError, BackyError):
+        return Level.UNKNOWN.value
+    return status
+
+
+def ask_each(client: ShellClient, lines: Iterable[str]) -> int:
+    """Print the replies; 1 if there was one that says that nothing was done."""
+    status = 0
+    for line in lines:
+        reply = client.ask(line.strip())
+        output(f"{reply}\n" if reply else "")
+        if any(map(SHELL_FAILURE.match, reply.splitlines())):
+            status = 1
+        if client.prompt:
+            continue
+        if line.strip() not in SHELL_QUITS:
+            raise BackyError("the scheduler has ended the session")
+        break
+    return status
+
+
+def typed_lines(client: ShellClient) -> Iterator[str]:
+    """What is typed behind the prompt, with what readline offers."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # input() uses it
+    while True:
+        try:
+            yield input(client.prompt)
+        except EOFError:
+            output("\n")
+            return
+        except KeyboardInterrupt:
+            output("\n")
+
+
+@command(
+    argument("words", metavar="COMMAND", nargs="*", help="what to ask (default: what is typed)"),
+    CONFIG,
+    examples="backy shell\nbacky shell jobs 'web.*'\nbacky shell run vm1",
+)
+def shell(args: argparse.Namespace) -> int:
+    """Talk to the running scheduler: help lists what it understands."""
+    settings = load_settings(args.config)
+    if not settings.telnet_port:
+        raise BackyError("telnet-port is 0: only the log of the scheduler tells which one it took")
+    client = ShellClient(settings.telnet_addrs, settings.telnet_port)
+    try:
+        if args.words:
+            return ask_each(client, [" ".join(map(quote_word, args.words))])
+        if sys.stdin and sys.stdin.isatty() and os.isatty(1):
+            ask_each(client, typed_lines(client))
+            return 0
+        return ask_each(client, sys.stdin or ())
+    finally:
+        client.close()
+
+
 class CommandParser(argparse.ArgumentParser):
     """Usage errors have status 1, and say what was meant."""
 
@@ -5517,6 +10540,9 @@ class CommandParser(argparse.ArgumentParser):
         if match:
             alike = suggestion(match[1], COMMANDS) if "COMMAND" in message else ""
             message = f"{message.partition(':')[0]}: no {match[1]!r}{alike}"
+        if self.prog == "backy check":  # monitoring reads standard output
+            output(f"UNKNOWN: {printable(message).replace('|', '/')}\n{self.format_usage()}")
+            raise SystemExit(Level.UNKNOWN.value)
         sys.stderr.write(f"{self.format_usage()}backy: {printable(message)}\n")
         raise SystemExit(1)
 
@@ -5563,6 +10589,11 @@ def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
     )
     add_common_options(parser, None)
     parser.add_argument("-r", "--revision", metavar="SPEC", help=argparse.SUPPRESS)
+    parser.add_argument(
+        *("-c", "--config"),
+        metavar="FILE",
+        help=f"the configuration, for commands that read it (default: {DEFAULT_CONFIG})",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     parsers = {}
     for name, one in COMMANDS.items():
@@ -5616,6 +10647,10 @@ def choose_log(args: argparse.Namespace) -> bool:
         quiet = Progress.silent = same_file(2, 1) and not os.isatty(1)
         if path and same_file(path, 1):
             path = None
+    elif path and same_file(path, 2):
+        quiet = True  # every error would be there twice
+    if args.command == "check":  # it writes nothing
+        path, quiet = None, True
     return start_log(path, args.verbose, quiet)
 
 
@@ -5657,14 +10692,23 @@ def run_command(args: argparse.Namespace) -> int:
         return 1
 
 
-def choose_revision(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """-r may stand before the command too; without it the last is meant, but not to delete."""
-    if any(isinstance(one, list) for one in (args.directory, args.logfile, args.revision)):
+def choose_files(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """-r and -c may stand before the command too, if it takes them.
+
+    Without -r the last revision is meant, but not to delete.  `given` and
+    `config_given` tell whether they were there.
+    """
+    values = (args.directory, args.logfile, args.revision, args.config)
+    if any(isinstance(one, list) for one in values):
         parser.error("an option is given without its value")  # `-r--`, which argparse lets pass
     if args.revision is not None and "-r SPEC" not in parser.format_usage():
         parser.error(f"{args.command} takes no -r")
     if args.revision is None and args.command == "forget":
         parser.error("forget needs -r SPEC")
+    if args.config is not None and "-c FILE" not in parser.format_usage():
+        parser.error(f"{args.command} takes no -c")
+    args.config_given = args.config is not None
+    args.config = DEFAULT_CONFIG if args.config is None else args.config
     args.given = args.revision is not None
     if not args.given:
         args.revision = "last"
@@ -5676,15 +10720,18 @@ def main(argv: ListLike[str] | None = None) -> int:
     os.umask(0o077)
     words = list(sys.argv[1:] if argv is None else argv)
     for at, word in enumerate(words):
-        if word == "--wait" and words[at - 1 : at] not in (["-b"], ["-l"], ["-r"]):
+        if word == "--wait" and words[at - 1 : at] not in (["-b"], ["-l"], ["-r"], ["-c"]):
             words[at] = "--wait=forever"  # argparse would take the next word for the time
     parser, parsers = make_parser()
     try:
-        args = parser.parse_args(words)
+        args, strange = parser.parse_known_args(words)
+        if strange:
+            about = parsers.get(args.command, parser)
+            about.error(f"unrecognized arguments: {' '.join(strange)}")
         if not args.command:
             output(parser.format_help())
             return 0
-        choose_revision(args, parsers[args.command])
+        choose_files(args, parsers[args.command])
     except BackyError as e:
         sys.stderr.write(f"backy: {e}\n")
         return e.status

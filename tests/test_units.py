@@ -50,7 +50,8 @@ def test_durations_are_read(text, seconds):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "s", "-1s", "1.5h", "1 h", "1y", "1hh", "٣s", "1s\n", "9999999999s", " 1s"]
+    "text",
+    ["", "s", "-1s", "1.5h", "1 h", "1y", "1hh", "٣s", "1s\n", "9999999999s", " 1s", "999999999w"],
 )
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match="is no duration"):

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import string
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from datetime import date, datetime, timedelta, timezone
@@ -15,8 +17,12 @@ import pytest
 import backy
 
 UTC = timezone.utc
-DOCUMENTS = int(os.environ.get("BACKY_YAML_DOCUMENTS", "2000"))
-MUTATIONS = int(os.environ.get("BACKY_YAML_MUTATIONS", "20000"))
+DOCUMENTS = int(os.environ.get("BACKY_YAML_DOCUMENTS", "20000"))
+MUTATIONS = int(os.environ.get("BACKY_YAML_MUTATIONS", "100000"))
+# few in the fast tests, all in the slow ones, and never the same
+SEEDS = [range(500), pytest.param(range(500, 500 + DOCUMENTS), marks=pytest.mark.slow)]
+ROUNDS = [4000, pytest.param(MUTATIONS, marks=pytest.mark.slow)]
+SOME_OR_ALL = ["some", "all"]
 
 
 def texts(node):
@@ -742,9 +748,11 @@ class Writer:
         return quoted.replace(" ", fold)
 
 
-def test_pyyaml_reads_the_same_from_random_documents():
+@pytest.mark.parametrize("seeds", SEEDS, ids=SOME_OR_ALL)
+def test_pyyaml_reads_the_same_from_random_documents(seeds):
     yaml = pytest.importorskip("yaml")
-    for seed in range(DOCUMENTS):
+    equal = 0
+    for seed in seeds:
         text = Writer(random.Random(seed)).document()
         try:
             wanted = yaml.safe_load(text)
@@ -752,9 +760,36 @@ def test_pyyaml_reads_the_same_from_random_documents():
             pytest.fail(f"seed {seed}: the test writes no YAML: {e}\n{text}")
         try:
             assert repr(load(text)) == repr(wanted), f"seed {seed}\n{text}"
+            equal += 1
         except backy.YAMLError as e:
             if "duplicate key" not in e.message:
                 pytest.fail(f"seed {seed}: {e}\n{text}")
+    assert equal > 0.9 * len(seeds)  # PyYAML lets keys stand twice
+
+
+@pytest.mark.parametrize("seeds", SEEDS, ids=SOME_OR_ALL)
+def test_what_pyyaml_dumps_in_any_style_means_the_same(seeds):
+    yaml = pytest.importorskip("yaml")
+    for seed in seeds[: len(seeds) // 2]:
+        choice = random.Random(seed)
+        value = random_value(choice)
+        options = {
+            "default_flow_style": choice.choice([None, True, False]),
+            "width": choice.choice([20, 80, 10**9]),
+            "indent": choice.choice([None, 2, 4, 7]),
+            "allow_unicode": choice.choice([None, True]),
+            "explicit_start": choice.choice([None, True]),
+            "explicit_end": choice.choice([None, True]),
+            "sort_keys": choice.choice([True, False]),
+        }
+        text = yaml.safe_dump(value, **options)
+        if any(odd in text for odd in ("!!timestamp", "!!float", "? ", "\u2028")):
+            continue
+        try:
+            wanted = yaml.safe_load(text)  # not always what it was told to dump
+            assert repr(sort(load(text))) == repr(sort(wanted)), f"seed {seed}\n{text}"
+        except backy.YAMLError as e:
+            pytest.fail(f"seed {seed}: {e}\n{text}")
 
 
 def random_value(choice: random.Random, depth: int = 0):
@@ -777,10 +812,11 @@ def random_text(choice: random.Random) -> str:
     return "".join(choice.choice(letters) for _ in range(choice.randint(0, 8)))
 
 
-def test_pyyaml_reads_what_is_written_and_would_write_the_same():
+@pytest.mark.parametrize("seeds", SEEDS, ids=SOME_OR_ALL)
+def test_pyyaml_reads_what_is_written_and_would_write_the_same(seeds):
     yaml = pytest.importorskip("yaml")
     same = 0
-    for seed in range(DOCUMENTS):
+    for seed in seeds:
         value = random_value(random.Random(seed))
         text = backy.format_yaml(value)
         assert repr(sort(load(text))) == repr(sort(value)), f"seed {seed}\n{text}"
@@ -794,7 +830,7 @@ def test_pyyaml_reads_what_is_written_and_would_write_the_same():
             continue
         assert text == other, f"seed {seed}"
         same += 1
-    assert same > DOCUMENTS // 20
+    assert same > len(seeds) // 20
 
 
 def sort(value):
@@ -825,13 +861,14 @@ def mutate(choice: random.Random, text: str) -> str:
     return text
 
 
-def test_no_text_raises_anything_but_our_error():
-    choice = random.Random(1)
+@pytest.mark.parametrize("rounds", ROUNDS, ids=SOME_OR_ALL)
+def test_no_text_raises_anything_but_our_error(rounds):
+    choice = random.Random(rounds)
     samples = [REVISION, WRAPPED_REVISION, STATUS, BY_HAND, CONFIGURATION]
     samples += [text for text, _ in READABLE + REFUSED if len(text) < 200]
     samples += [Writer(random.Random(seed)).document()[:300] for seed in range(200)]
     refused = 0
-    for _ in range(MUTATIONS):
+    for _ in range(rounds):
         text = mutate(choice, choice.choice(samples))
         if choice.random() < 0.05:
             text = "".join(choice.choice(string.punctuation + " \n\tab") for _ in range(40))
@@ -843,4 +880,42 @@ def test_no_text_raises_anything_but_our_error():
             continue
         again = backy.parse_yaml(backy.format_yaml(node))
         assert repr(meaning(again)) == repr(meaning(node)), repr(text)
-    assert MUTATIONS // 5 < refused < MUTATIONS
+    assert rounds // 5 < refused < rounds
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import backy
+text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    backy.parse_yaml(text)
+except backy.YAMLError:
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+HUNGRY = {
+    **{name: LONG[name] for name in ("one long flow list", "block scalar", "keys", "anchors")},
+    "nothing but dashes": "-\n" * (1 << 19),
+    "nothing but commas": "[" + "a," * ((1 << 19) - 2) + "]",
+    "nothing but keys": "".join(f"{n}:\n" for n in range(140_000)),
+    "bomb": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "random bytes": bytes(random.Random(1).randrange(256) for _ in range(1 << 20)).decode(
+        "latin-1"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", HUNGRY.values(), ids=HUNGRY)
+def test_the_memory_for_any_text_is_bounded(text):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, os.path.dirname(backy.__file__)],
+        input=text[: 1 << 20].encode("utf-8", "surrogateescape")[: 1 << 20],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert int(done.stdout) < 400 * 1024  # KiB

@@ -32,12 +32,18 @@ packages() {
 	losetup mount
 	make make
 	mandoc mandoc
+	nagios4 nagios4-core
 	mkfs.btrfs btrfs-progs
 	mkfs.ext4 e2fsprogs
 	mkfs.vfat dosfstools
 	mkfs.xfs xfsprogs
 	qemu-img qemu-utils
 	strace strace
+	systemd-analyze systemd
+	systemd-nspawn systemd-container
+	dbus-daemon dbus
+	telnet telnet
+	tmux tmux
 	unshare util-linux
 	END
     [ -n "$missing" ] || return 0
