@@ -1750,6 +1750,8 @@ def dedupe_range(origin_fd: int, offset: int, length: int, other_fd: int, other_
     """Let two ranges share extents if the kernel finds them equal; how many bytes now do."""
     argument = file_dedupe_range.pack(offset, length, 1, 0, 0, other_fd, other_offset, 0, 0, 0)
     answer = file_dedupe_range.unpack(fcntl.ioctl(origin_fd, FIDEDUPERANGE, argument))
+    if answer[8] < 0:
+        raise OSError(-answer[8], os.strerror(-answer[8]))
     return answer[7] if answer[8] == 0 else 0
 
 
@@ -4482,7 +4484,9 @@ class Backup:
             cloned = is_resumed or self.clone(origin, image_fd, sums_fd)
             rehash = is_resumed or not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
-                if os.fstat(image_fd).st_size != still.size:
+                size = os.fstat(image_fd).st_size
+                if size != still.size:  # a part of a page would be read, and may be rotten
+                    os.ftruncate(image_fd, min(size - size % PAGE, still.size))
                     os.ftruncate(image_fd, still.size)
                 sums = Sums(sums_fd, still.size)
                 sums.prepare()
@@ -4777,7 +4781,8 @@ class Verification:
     ) -> None:
         self.image, self.before, self.scope, self.part = image, before, scope, part
         self.bad_before = set(block_offsets(before.image.damaged)) if before else set()
-        goes_on = part.of == 1 and scope.deadline != math.inf
+        is_good = image.revision.is_good  # only one whole run ends a distrust
+        goes_on = is_good and part.of == 1 and scope.deadline != math.inf
         seen_to = image.revision.seen_to
         self.start = self.reached = seen_to if goes_on and 0 < seen_to < image.size else 0
         self.is_finished = True
@@ -4818,6 +4823,8 @@ class Verification:
         before, image = self.before, self.image
         if before is None or offset + length > min(before.image.size, image.size):
             return False
+        if offset < before.start:  # that was another run
+            return False
         digests = image.digests(offset, length)
         if digests != before.image.digests(offset, length):
             return False
@@ -4847,6 +4854,7 @@ class Verifier:
     def __init__(self, repository: Repository, scope: Scope) -> None:
         self.repository, self.scope = repository, scope
         self.results: list[Result] = []
+        self.unrecorded: set[str] = set()  # ids of what could not be marked, so nobody heals it
 
     def run(self, revisions: list[Revision]) -> None:
         """Verify these, in this order, and mark each.  Heals what it can if damage is found."""
@@ -4915,7 +4923,7 @@ class Verifier:
             text = "partly verified, time is up"
         elif not run.is_finished:
             text = f"sound up to {format_size(run.reached)}, time is up"
-            values = {"seen_to": run.reached}
+            values = {"seen_to": run.reached} if image.revision.is_good else {}
         elif part.seen < part.of:
             text = f"sound in part {part.last + 1} of {part.of}, {part.seen} of them seen"
         elif known or (part.of > 1 and image.revision.trust is Trust.DISTRUSTED):
@@ -4950,6 +4958,7 @@ class Verifier:
                 return self.repository.change(revision, **values)
         except BackyError as e:
             log.warning("%s (the result is not recorded)", e)
+            self.unrecorded.add(revision.id)
             return replace(revision, **values)
 
     def repair(self) -> None:
@@ -4962,9 +4971,12 @@ class Verifier:
                 repair(repository, (), again=True)
         except BackyError as e:
             log.warning("%s: not healed now: %s", repository.name, e)
+            return
         now = {revision.id: revision for revision in repository.complete}
         self.results = [
-            self.after_repair(result, now.get(result.revision.id, result.revision))
+            result
+            if result.revision.id in self.unrecorded
+            else self.after_repair(result, now.get(result.revision.id, result.revision))
             for result in self.results
         ]
 
@@ -5083,9 +5095,15 @@ class Dedup:
             self.collect(digests, buckets)
             for records in digests.sorted():
                 self.match(records, matches)
-            for records in matches.sorted():
-                self.share(records)
-        for number in self.moved:  # nobody has verified those extents for it
+            try:
+                for records in matches.sorted():
+                    self.share(records)
+            finally:
+                self.forget_states()
+
+    def forget_states(self) -> None:
+        """Nobody has verified the extents on which these images lie now."""
+        for number in self.moved:
             repository, revision = self.images[number]
             with suppress(BackyError), repository.metadata_lock(revision.id):
                 repository.change(revision, image_state="")
@@ -5153,9 +5171,10 @@ class Dedup:
             moved = [(at - place + offset, physical, size) for at, physical, size in theirs]
             if mine == moved:
                 return
-        if not self.dry_run:  # the kernel would wait for each page
-            read_ahead(origin.fd, place, length)
-            read_ahead(image.fd, offset, length)
+        if not self.dry_run:  # the kernel compares what is cached, and waits for each page
+            for fd, start in ((origin.fd, place), (image.fd, offset)):
+                drop_cache(fd, start, length)
+                read_ahead(fd, start, length)
         try:  # no bytes: only to know whether it could be done
             done = dedupe_range(origin.fd, place, 0 if self.dry_run else length, image.fd, offset)
             self.shared += length if self.dry_run else done
@@ -9946,7 +9965,11 @@ def verify(args: argparse.Namespace) -> None:
             for line in describe_ranges(result.damaged):
                 output(f"{result.revision.id}: damaged: {line}\n")
     if any(result.is_damaged for result in verifier.results):
-        left = [one for one in verifier.results if one.revision.damaged or one.revision.problem]
+        left = [
+            one
+            for one in (result.revision for result in verifier.results)
+            if one.damaged or one.problem or one.sums_damaged
+        ]
         hint = "restore still works, and lists what is lost; the next backup may heal more"
         raise Distrusted(
             f"{repository.name}: damage was found{'' if left else ', and all of it is healed'}",
@@ -10580,7 +10603,10 @@ def indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
 
 
-def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
+def make_parser(
+    words: ListLike[str] | None = None,
+) -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
+    """The parser; of commands that are not among `words` only the names, which is faster."""
     parser = CommandParser(
         prog="backy",
         allow_abbrev=False,
@@ -10605,6 +10631,8 @@ def make_parser() -> tuple[CommandParser, dict[str, argparse.ArgumentParser]]:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
         )
+        if words is not None and name not in words:
+            continue
         add_common_options(parsers[name], argparse.SUPPRESS)
         for names, options in one.arguments:
             parsers[name].add_argument(*names, **options)
@@ -10722,7 +10750,7 @@ def main(argv: ListLike[str] | None = None) -> int:
     for at, word in enumerate(words):
         if word == "--wait" and words[at - 1 : at] not in (["-b"], ["-l"], ["-r"], ["-c"]):
             words[at] = "--wait=forever"  # argparse would take the next word for the time
-    parser, parsers = make_parser()
+    parser, parsers = make_parser(words)
     try:
         args, strange = parser.parse_known_args(words)
         if strange:

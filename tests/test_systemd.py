@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, command, need, need_root, need_tool, noise
+from conftest import PROGRAM, command, need_root, need_tool, noise
 
 import backy
 
@@ -228,7 +228,8 @@ ExecStart=/bin/bash -c 'bash /box/script >/box/out 2>&1 </dev/null; echo $? >/bo
             [str(word) for word in words], stdin=subprocess.DEVNULL, capture_output=True,
             text=True, timeout=180, check=False,
         )  # fmt: skip
-        need((self.out / "status").exists(), f"no systemd here: {done.stderr or done.stdout}")
+        if not (self.out / "status").exists():
+            pytest.skip(f"no systemd here: {done.stderr or done.stdout}")
         return (self.out / "out").read_text()
 
     def close(self) -> None:
