@@ -275,3 +275,19 @@ def test_a_distrusted_revision_is_still_found_and_is_last(job, run):
     assert run("-b", job, "verify").status == 1
     assert run("-b", job, "find").out == f"{job}/{one.id}\n"
     assert os.readlink(job / "last") == one.id
+
+
+def test_what_cannot_be_marked_is_not_said_to_be_healed(job, run, monkeypatch):
+    """As on a file system that is read-only or full."""
+    (one,) = revisions(job)
+    flip(job / one.id, 5)
+
+    def refuse(self, only=None):
+        raise backy.BackyError("job: cannot lock: Read-only file system")
+
+    monkeypatch.setattr(backy.Repository, "metadata_lock", refuse)
+    result = run("-b", job, "verify")
+    assert result.status == 1
+    assert f"{one.id}: damaged (" in result.out
+    assert "healed" not in result.out
+    assert "all of it is healed" not in result.err

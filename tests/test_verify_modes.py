@@ -174,6 +174,30 @@ def test_what_runs_out_of_time_goes_on_where_it_was(history, monkeypatch):
     assert (done.seen_to, done.image_state) == (0, "")  # nobody watched the image meanwhile
 
 
+def test_what_another_run_has_seen_of_one_revision_says_nothing_of_another(history, monkeypatch):
+    job, _ = history
+    with backy.Repository.open(str(job)) as repository:
+        first, second = repository.complete[-2:]
+        repository.change(first, trust=backy.Trust.TRUSTED, seen_to=8 * MiB)
+        repository.change(second, trust=backy.Trust.DISTRUSTED, by_hand=True)
+    seen = seen_blocks(monkeypatch)
+    with backy.Repository.open(str(job)) as repository:
+        verifier = backy.Verifier(repository, backy.Scope(deadline=Countdown(1000)))
+        verifier.run(repository.complete[-2:])
+    assert (first.id, 0) not in seen
+    assert (second.id, 0) in seen
+
+
+def test_only_a_whole_run_ends_a_distrust(history):
+    job, _ = history
+    with backy.Repository.open(str(job)) as repository:
+        repository.change(repository.complete[-1], trust=backy.Trust.DISTRUSTED, by_hand=True)
+    verify_a_while(job, 3)
+    assert revisions(job)[-1].seen_to == 0
+    assert "sound" in verify_a_while(job, 1000)
+    assert revisions(job)[-1].trust is backy.Trust.VERIFIED
+
+
 def test_damage_makes_a_verification_begin_anew(history, monkeypatch):
     job, _ = history
     verify_a_while(job, 3)
