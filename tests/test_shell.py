@@ -168,6 +168,13 @@ class Stage:
         self.loop.close()
 
 
+@pytest.fixture(autouse=True)
+def log_that_is_seen(monkeypatch, caplog):
+    """Other tests of this process may have started the log for good."""
+    monkeypatch.setattr(backy.log, "propagate", True)
+    caplog.set_level("INFO", "backy")
+
+
 @pytest.fixture
 def stage():
     stage = Stage()
