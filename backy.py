@@ -327,6 +327,19 @@ def table_line(cells: ListLike[str], widths: ListLike[int], is_right: ListLike[b
     return f"| {' | '.join(padded)} |\n"
 
 
+def count_of(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def split_span(span: timedelta) -> tuple[int, str]:
+    """(90, "minute"): a number of the largest unit that has no rest."""
+    seconds = int(span.total_seconds())
+    for word, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds and not seconds % length:
+            return seconds // length, word
+    return seconds, "second"
+
+
 def format_table(
     columns: ListLike[str], rows: Iterable[ListLike[str]], right: ListLike[str] = ()
 ) -> str:
@@ -360,7 +373,7 @@ MAX_YAML_NODES = 200_000  # with every alias counted as a copy
 
 # Raw control characters, the line ends that only YAML 1.1 knows, surrogates and stray BOMs.
 FORBIDDEN_CHARACTER = re.compile(
-    "[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
 BETWEEN_TOKENS = re.compile(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
@@ -1249,11 +1262,8 @@ def parse_time_span(text: str) -> timedelta:
 
 def format_time_span(span: timedelta) -> str:
     """`1d`, `90m`: what parse_duration() reads, in the largest unit that has no rest."""
-    seconds = int(span.total_seconds())
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds and not seconds % length:
-            return f"{seconds // length}{unit}"
-    return f"{seconds}s"
+    count, word = split_span(span)
+    return f"{count}{word[0]}"
 
 
 @dataclass(frozen=True)
@@ -1400,15 +1410,14 @@ def hints_for(node: Node) -> list[str]:
     return []
 
 
-def scalars_of(root: Node) -> Iterator[Scalar]:
-    """All values that are texts; what aliases stand for comes once."""
+def nodes_of(root: Node) -> Iterator[Node]:
+    """All values, the root too; what aliases stand for comes once."""
     nodes, seen = [root], {id(root)}
     while nodes:
         node = nodes.pop()
+        yield node
         inside: list[Node] = []
-        if isinstance(node, Scalar):
-            yield node
-        elif isinstance(node, Mapping):
+        if isinstance(node, Mapping):
             inside = [value for _, value in node.entries.values()]
         elif isinstance(node, Sequence):
             inside = node.items
@@ -1995,17 +2004,22 @@ def open_regular(dir_fd: int, name: str, flags: int = os.O_RDONLY, mode: int = 0
     raise OSError(errno.EINVAL, "not a regular file")
 
 
+def read_limited(fd: int, limit: int) -> bytes:
+    """All that comes from `fd`; raises OSError with EFBIG for more than `limit` bytes."""
+    data = bytearray()
+    while len(data) <= limit:
+        piece = os.read(fd, limit + 1 - len(data))
+        if not piece:
+            return bytes(data)
+        data += piece
+    raise OSError(errno.EFBIG, f"larger than {format_size(limit)}")
+
+
 def read_small(dir_fd: int, name: str, limit: int = MiB) -> bytes:
     """The contents of a regular file of at most `limit` bytes."""
     fd = open_regular(dir_fd, name)
     try:
-        data = bytearray()
-        while len(data) <= limit:
-            piece = os.read(fd, limit + 1 - len(data))
-            if not piece:
-                return bytes(data)
-            data += piece
-        raise OSError(errno.EFBIG, f"larger than {format_size(limit)}")
+        return read_limited(fd, limit)
     finally:
         close(fd)
 
@@ -3542,17 +3556,26 @@ def read_job(document: Document, root: Node) -> Job:
     return Job(source, VerifyMode(values["verify"].value), limit, schedule)
 
 
-def load_job(repository: Repository) -> Job:
-    """Read `config`.  Raises ConfigError with what is wrong; unknown keys are a warning."""
+def read_config(repository: Repository, hint: str = "") -> tuple[Document, Node]:
+    """The text of `config`, and what it says.  Raises ConfigError, with `hint`."""
     where = f"{repository.name}: config"
     try:
         text = read_small(repository.dir_fd, "config").decode("utf-8")
-        document = Document(where, text, [], strict=False)
-        job = read_job(document, parse_yaml(text))
+        return Document(where, text, [], strict=False), parse_yaml(text)
     except OSError as e:
-        raise ConfigError(f"{where}: {e.strerror}") from e
-    except (ConfigError, YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{where}: {e}", getattr(e, "hint", "")) from e
+        raise ConfigError(f"{where}: {e.strerror}", hint) from e
+    except (YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where}: {e}", hint or getattr(e, "hint", "")) from e
+
+
+def load_job(repository: Repository) -> Job:
+    """Read `config`.  Raises ConfigError with what is wrong; unknown keys are a warning."""
+    where = f"{repository.name}: config"
+    document, root = read_config(repository)
+    try:
+        job = read_job(document, root)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}", e.hint) from e
     for remark in document.remarks:
         log.warning("%s: %s", where, remark.text)
     return job
@@ -4462,7 +4485,7 @@ class Backup:
             parent=base.revision.id if base else None,
             source_state=state,
         )
-        if newest > epoch_microseconds(now + timedelta(minutes=5)):
+        if newest > epoch_microseconds(now + FUTURE):
             log.warning("%s: the newest revision is from the future; check the clock", self.name)
         return revision
 
@@ -5514,10 +5537,7 @@ class Verdict:
 
 def format_span(span: timedelta) -> str:
     """`1 day`, `90 minutes`: in the largest unit that has no rest."""
-    seconds = int(span.total_seconds())
-    sizes = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    word, size = next((one for one in sizes if not seconds % one[1]), sizes[-1])
-    return f"{seconds // size} {word}{'' if seconds == size else 's'}"
+    return count_of(*split_span(span))
 
 
 def describe_damage(revision: Revision) -> str:
@@ -5704,14 +5724,7 @@ def load_schedule(repository: Repository) -> Schedule:
     """The schedule in the job's `config`, which the scheduler writes there.  Raises ConfigError."""
     where = f"{repository.name}: config"
     hint = "take it from the scheduler's configuration: backy expire -c FILE JOB"
-    try:
-        text = read_small(repository.dir_fd, "config").decode("utf-8")
-        document = Document(where, text, [], strict=False)
-        root = parse_yaml(text)
-    except OSError as e:
-        raise ConfigError(f"{where}: {e.strerror}", hint) from e
-    except (YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{where}: {e}", hint) from e
+    document, root = read_config(repository, hint)
     entries = root.entries if isinstance(root, Mapping) else {}
     if "source" not in entries or "schedule" not in entries:
         raise ConfigError(f"{where}: there is no schedule", hint)
@@ -6032,10 +6045,6 @@ class Settings:
     space_critical: Space = Space()
 
 
-def count_of(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def count_remarks(remarks: Iterable[Remark]) -> str:
     """`2 errors, 1 warning`."""
     errors = [remark.is_error for remark in remarks]
@@ -6085,13 +6094,8 @@ def read_settings_file(path: str) -> str:
         if status.st_mode & 0o022 and os.geteuid() == 0:
             mode = stat.S_IMODE(status.st_mode)
             raise ConfigError(f"others than root may write to it (mode {mode:04o}): chmod go-w")
-        data = b""
-        while len(data) <= MAX_YAML_TEXT:
-            piece = os.read(fd, MAX_YAML_TEXT + 1 - len(data))
-            if not piece:
-                return data.decode("utf-8")
-            data += piece
-        raise ConfigError(f"larger than {format_size(MAX_YAML_TEXT)}")
+        data = read_limited(fd, MAX_YAML_TEXT)
+        return data.decode("utf-8")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise ConfigError(f"byte 0x{data[e.start]:02X} on line {line} is not UTF-8") from e
@@ -6331,7 +6335,7 @@ class Configuration:
         """Warn of commas that have become parts of values, unless that is an error already."""
         noted = {(remark.path, remark.line, remark.column) for remark in self.remarks}
         for document in self.documents.values():
-            for node in scalars_of(document.root):
+            for node in nodes_of(document.root):
                 place = (document.path, node.line, node.column)
                 if place not in noted:
                     for hint in hints_for(node):
@@ -6378,18 +6382,11 @@ def can_share_extents(directory: str) -> bool | None:
 
 def secrets_in(root: Node) -> Iterator[Scalar]:
     """The values of all keys that name a secret."""
-    nodes, seen = [root], {id(root)}
-    while nodes:
-        node = nodes.pop()
-        pairs = list(node.entries.values()) if isinstance(node, Mapping) else []
-        yield from (
-            value
-            for key, value in pairs
-            if isinstance(value, Scalar) and not is_null(value) and SECRET.search(key.text)
-        )
-        inside = node.items if isinstance(node, Sequence) else [value for _, value in pairs]
-        nodes += [one for one in inside if id(one) not in seen]
-        seen.update(map(id, inside))
+    for node in nodes_of(root):
+        if isinstance(node, Mapping):
+            for key, value in node.entries.values():
+                if isinstance(value, Scalar) and not is_null(value) and SECRET.search(key.text):
+                    yield value
 
 
 def is_job_directory(path: str) -> bool:
@@ -9033,7 +9030,6 @@ MAX_CHECK_TEXT = 8000  # bytes; Nagios keeps 8 KiB
 MAX_CHECK_NAMES = 10  # in the first line, for each reason
 CHECK_TIMEOUT = 10.0  # seconds
 STALE_AFTER = 300.0  # seconds without a new status file, or ten intervals if that is longer
-FUTURE_AFTER = 300.0  # seconds by which the clock of a file server may be wrong
 RELOAD_WITHIN = 3600.0  # seconds until a job that the scheduler does not know is worth a warning
 FAILURES_IN_A_ROW = 3
 
@@ -9072,21 +9068,17 @@ def status_text(path: str) -> tuple[str, float]:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise Unknown(f"{shown} is no regular file")
-            data = b""
-            while len(data) <= MAX_STATUS_FILE:
-                piece = os.read(fd, MAX_STATUS_FILE + 1 - len(data))
-                if not piece:
-                    return data.decode("utf-8"), status.st_mtime
-                data += piece
+            return read_limited(fd, MAX_STATUS_FILE).decode("utf-8"), status.st_mtime
         finally:
             close(fd)
     except FileNotFoundError:
         raise Unknown(f"No status file found at {shown}") from None
     except OSError as e:
+        if e.errno == errno.EFBIG:
+            raise Unknown(f"{shown} is {e.strerror}") from e
         raise Unknown(f"cannot read {shown}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise Unknown(f"{shown} is damaged: it is not UTF-8") from e
-    raise Unknown(f"{shown} is larger than {format_size(MAX_STATUS_FILE)}")
 
 
 def plain_values(node: Node) -> Any:
@@ -9255,7 +9247,7 @@ class StatusFile:
         """Seconds since it was written, or touched by anybody before that.  Raises Unknown."""
         written = parse_moment(self.scheduler.get("written"))
         moments = [self.changed, *([written.timestamp()] if written else [])]
-        if max(moments) - now.timestamp() > FUTURE_AFTER:
+        if max(moments) - now.timestamp() > FUTURE.total_seconds():
             hours = format_age(max(moments) - now.timestamp())
             raise Unknown(f"Status file is from the future ({hours}): a clock is wrong")
         return max(0.0, now.timestamp() - min(moments))

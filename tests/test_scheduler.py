@@ -552,12 +552,17 @@ backy.Scheduler.check_clock, backy.Timetable.reckon_anew, backy.TICK = jumped, t
 # -- signals, reload, restart ---------------------------------------------------------
 
 
-def test_term_ends_the_children_and_they_have_not_failed(daemon):
+def start_slow_children(daemon):
+    """Three jobs that are due, and two of them in their slots."""
     daemon.add("vm1", "vm2", "vm3")
     daemon.make_overdue()
     daemon.start(fake=SLOW_CHILD)
     for name in ("vm1", "vm2"):
         daemon.until((daemon.base / name / "begun").exists)
+
+
+def test_term_ends_the_children_and_they_have_not_failed(daemon):
+    start_slow_children(daemon)
     assert daemon.stop() == 0
     assert daemon.children() == []
     rows = daemon.status()
@@ -628,11 +633,7 @@ def test_a_reload_that_is_refused_changes_nothing_and_is_shown(daemon):
 
 
 def test_a_scheduler_that_was_killed_leaves_its_children_to_the_next(daemon):
-    daemon.add("vm1", "vm2", "vm3")
-    daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    for name in ("vm1", "vm2"):
-        daemon.until((daemon.base / name / "begun").exists)
+    start_slow_children(daemon)
     orphans = sorted(daemon.children())
     daemon.stop(signal.SIGKILL)
     daemon.start(fake=SLOW_CHILD)
