@@ -162,12 +162,15 @@ def block_device(tmp_path):
     need_tool("losetup")
     devices: list[str] = []
 
-    def make(size: int, *options: str) -> str:
+    def make(size: int, *options: str, device: str = "") -> str:
         path = tmp_path / f"device-{len(devices)}"
         with open(path, "wb") as file:
             file.truncate(size)
-        done = command("losetup", "--find", "--show", *options, path)
-        devices.append(done.stdout.strip())
+        if device:
+            command("losetup", *options, device, path)
+        else:
+            device = command("losetup", "--find", "--show", *options, path).stdout.strip()
+        devices.append(device)
         return devices[-1]
 
     yield make

@@ -20,12 +20,11 @@ from conftest import PROGRAM, backy_process, contents, need, need_root
 
 import backy
 
-NOW = datetime.now(timezone.utc)
 JOBS = "{schedule: default, source: {type: file, filename: /image}}"
 
 
 def ago(**span: float) -> str:
-    return f"{NOW - timedelta(**span):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{datetime.now(timezone.utc) - timedelta(**span):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def entry(name: str, **changed: object) -> dict:

@@ -93,7 +93,8 @@ def test_distrust_while_it_is_verified_is_not_undone(xfs, tmp_path, run, meanwhi
 def test_another_disk_with_the_same_number_is_not_gone_on_with(xfs, tmp_path, run, block_device):
     """A loop device that was attached anew to something else: same number, size and counters."""
     need(os.path.exists("/sys/block/loop0/diskseq"), "this kernel has no diskseq")
-    device = block_device(24 * MiB, "--read-only")
+    number = 200 + os.getpid() % 800  # high, so that no other test takes it while it is free
+    device = block_device(24 * MiB, "--read-only", device=f"/dev/loop{number}")
     (backing,) = tmp_path.glob("device-*")
     write_image(backing, (0, noise(24 * MiB, 1)))
     job = xfs / "job"
