@@ -2358,7 +2358,8 @@ class Crew:
     """Threads that take pieces from one list.
 
     They are waited for by an event, not by join(): in Python 3.8 a signal in the
-    middle of a join makes the next one wait for ever (bpo-45274).
+    middle of a join makes the next one wait for ever (bpo-45274).  Each counts itself,
+    for it gets no signals; one that comes only after the end does nothing.
     """
 
     def __init__(
@@ -2370,16 +2371,13 @@ class Crew:
         self.failures: list[BaseException] = []
 
     def start_worker(self) -> None:
-        with self.lock:
-            self.active += 1
-            self.done.clear()
-        try:
-            threading.Thread(target=self.run, daemon=True).start()
-        except BaseException:
-            self.leave()
-            raise
+        threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
+        with self.lock:
+            if self.is_stopped:
+                return
+            self.active += 1
         try:
             buffers = Buffers()
             while not self.is_stopped:
@@ -2402,7 +2400,8 @@ class Crew:
 
     def stop(self) -> None:
         """Wait until each worker is through with the piece it has."""
-        self.is_stopped = True
+        with self.lock:
+            self.is_stopped = True
         while self.active and not self.done.wait(1):
             pass
 
