@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,20 @@ class FileSystem:
         self.mount()
 
     def mount(self, *options: str, disk: object = None) -> None:
-        command("mount", "-o", ",".join(("loop", *options)), disk or self.disk, self.path)
+        self.mounted = disk or self.disk
+        command("mount", "-o", ",".join(("loop", *options)), self.mounted, self.path)
 
     def unmount(self) -> None:
+        """Not mounted any more, and nothing of it cached.
+
+        A mount namespace that another test has just made holds a copy of every mount; as
+        long as it lives, mounting again would show the same pages.
+        """
         command("umount", self.path)
+        end = time.monotonic() + 60
+        while command("losetup", "--associated", self.mounted).stdout:
+            assert time.monotonic() < end, f"{self.mounted} stays mounted in another namespace"
+            time.sleep(0.02)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
