@@ -2251,6 +2251,33 @@ class Reader:
         return lost
 
 
+def resize(fd: int, size: int) -> None:
+    """Give an image this size; a last page that is cut, and may be rotten, is let go, not read."""
+    now = os.fstat(fd).st_size
+    if now != size:
+        kept = min(now, size)
+        os.ftruncate(fd, kept - kept % PAGE)
+        os.ftruncate(fd, size)
+
+
+def write_pages(fd: int, view: memoryview, offset: int, size: int) -> None:
+    """Write at a page of an image of `size` bytes, also over a last page that is rotten.
+
+    A page of which a part lies behind the end is read before it is written: where
+    it cannot be, it is let go.
+    """
+    try:
+        write_all(fd, view, offset)
+    except OSError as e:
+        tail = size - size % PAGE
+        if e.errno != errno.EIO or not offset <= tail < offset + len(view):
+            raise
+        with suppress(OSError):  # of a device, whose error stands
+            resize(fd, tail)
+            resize(fd, size)
+        write_all(fd, view, offset)
+
+
 class Writer:
     """Writes the pages of an image that differ from what the file or device holds."""
 
@@ -2271,7 +2298,7 @@ class Writer:
             if not (zero and self.zero(offset + start, end - start)):
                 aligned = start % PAGE == 0 and end % PAGE == 0
                 fd = self.direct_fd if aligned and self.direct_fd >= 0 else self.fd
-                write_all(fd, new[start:end], offset + start)
+                write_pages(fd, new[start:end], offset + start, self.size)
                 written += end - start
         with self.lock:
             self.bytes_written += written
@@ -3171,14 +3198,25 @@ class Repository:
         others = [other for other in self.revisions if other.id != revision.id]
         self.revisions = sorted([*others, revision], key=lambda one: (one.clock, one.id))
 
+    def current(self, revision: Revision) -> Revision:
+        """What is now known of `revision`; raises NotFound when it has been removed."""
+        for one in self.revisions:
+            if one.id == revision.id:
+                return one
+        raise NotFound(f"{self.name}: {revision.id} is gone")
+
+    def mark_damaged(self, revision: Revision, ranges: Iterable[tuple[int, int]]) -> None:
+        """Distrust a revision for these ranges, beside those that are known by now."""
+        with self.metadata_lock(revision.id):
+            known = self.current(revision).damaged
+            damaged = join_ranges([*known, *ranges])
+            self.change(revision, trust=Trust.DISTRUSTED, damaged=damaged, heal_tried=0)
+
     def change(self, revision: Revision, **values: Any) -> Revision:
         """Rewrite what has been written of `revision` meanwhile, with `values` on top."""
-        current = next((one for one in self.revisions if one.id == revision.id), None)
-        if current is None:
-            raise NotFound(f"{self.name}: {revision.id} is gone")
         if values.get("trust") is Trust.DISTRUSTED:
             values["seen_to"] = 0
-        changed = replace(current, **values)
+        changed = replace(self.current(revision), **values)
         self.write_revision(changed)
         return changed
 
@@ -3902,9 +3940,7 @@ def find_shared_damage(repository: Repository, offsets: list[int]) -> None:
             known = join_ranges([*revision.damaged, *image.damaged])
             if image.damaged and known != revision.damaged:
                 tell_damage(repository, revision, image.damage())
-                with repository.metadata_lock(revision.id):
-                    values = {"trust": Trust.DISTRUSTED, "damaged": known, "heal_tried": 0}
-                    repository.change(revision, **values)
+                repository.mark_damaged(revision, image.damaged)
 
 
 def copy_image(repository: Repository, image: CheckedImage, fd: int) -> bool:
@@ -3916,7 +3952,7 @@ def copy_image(repository: Repository, image: CheckedImage, fd: int) -> bool:
     with suppress(CloneUnsupported):
         clone_file(image.fd, fd)
         return True
-    os.ftruncate(fd, image.size)
+    resize(fd, image.size)
     writer = Writer(fd, image.size)
 
     def work(offset: int, length: int, buffers: Buffers) -> None:
@@ -3952,14 +3988,11 @@ def heal_block(image: CheckedImage, donors: Donors, offset: int, fd: int) -> boo
     found = donors.find(digest, offset, block) if digest else None
     if found is None:
         return False
-    if length < BLOCK:  # to write a part of a page would be to read it: let it go first
-        os.ftruncate(fd, offset)
-        os.ftruncate(fd, image.size)
-    elif found[0] >= 0:
+    if length == BLOCK and found[0] >= 0:
         with suppress(CloneUnsupported):
             clone_range(found[0], found[1], length, fd, offset)
             return True
-    write_all(fd, block, offset)
+    write_pages(fd, block, offset, image.size)
     return True
 
 
@@ -4033,12 +4066,12 @@ def heal(repository: Repository, revision: Revision, again: bool) -> bool:
             return False
         with explain(f"{repository.name}: cannot heal {revision.id}"):
             healed = heal_clone(repository, image, donors, offsets, stack)
-    left = [(at, BLOCK) for at in offsets if at not in healed]
-    damaged = join_ranges((at, min(BLOCK, image.size - at)) for at, _ in left)
     with repository.metadata_lock(revision.id):
-        bad = damaged or repository.find(revision.id).by_hand
-        trust = Trust.DISTRUSTED if bad else Trust.TRUSTED
-        tried = donors.newest if damaged else 0
+        now = repository.current(revision)
+        left = [at for at in block_offsets(now.damaged) if at not in healed]
+        damaged = join_ranges((at, min(BLOCK, image.size - at)) for at in left)
+        trust = Trust.DISTRUSTED if damaged or now.by_hand else Trust.TRUSTED
+        tried = donors.newest if damaged and not set(left).difference(offsets) else 0
         repository.change(revision, trust=trust, damaged=damaged, heal_tried=tried)
     if not healed:
         return False
@@ -4172,13 +4205,11 @@ def repair_sums(repository: Repository, revision: Revision) -> None:
             log.warning("%s: digests of %s cannot be made anew", repository.name, revision.id)
             return
         log.warning("%s: digests of %s are made anew", repository.name, revision.id)
-        trust = revision.trust
         if damaged:
             tell_damage(repository, revision, damaged)
-            trust, damaged = Trust.DISTRUSTED, join_ranges([*revision.damaged, *damaged])
+            repository.mark_damaged(revision, damaged)
         with repository.metadata_lock(revision.id):
-            values = {"sums_damaged": False, "trust": trust, "damaged": damaged}
-            repository.change(revision, **values, heal_tried=0)
+            repository.change(revision, sums_damaged=False, heal_tried=0)
     except BackyError as e:
         log.warning("%s", e)
 
@@ -4342,11 +4373,6 @@ class Update:
             lost += [start + page for page in found]
         if lost:
             log.warning("the previous image cannot be read at offset %d: written anew", offset)
-        if lost and length % PAGE and lost[-1] + PAGE > length:
-            # to write a part of a page would be to read it: let it go first
-            with explain("cannot truncate image"):
-                os.ftruncate(self.writer.fd, offset + lost.pop())
-                os.ftruncate(self.writer.fd, self.still.size)
         return lost
 
     def note(self, offset: int, changed: Iterable[int], digests: list[bytes]) -> None:
@@ -4506,10 +4532,7 @@ class Backup:
             cloned = is_resumed or self.clone(origin, image_fd, sums_fd)
             rehash = is_resumed or not cloned or base is None or base.sums_fd is None
             with explain(f"{self.name}: cannot prepare image"):
-                size = os.fstat(image_fd).st_size
-                if size != still.size:  # a part of a page would be read, and may be rotten
-                    os.ftruncate(image_fd, min(size - size % PAGE, still.size))
-                    os.ftruncate(image_fd, still.size)
+                resize(image_fd, still.size)
                 sums = Sums(sums_fd, still.size)
                 sums.prepare()
                 # a second descriptor, for reading past the cache
@@ -4713,11 +4736,7 @@ class Backup:
             log.warning("%s: parent %s is damaged: %s", self.name, name, line)
         log.warning("%s: parent %s is now distrusted", self.name, name)
         try:
-            with self.repository.metadata_lock():
-                now = self.repository.find(name)
-                damaged = join_ranges([*now.damaged, *damaged])
-                values = {"trust": Trust.DISTRUSTED, "damaged": damaged, "heal_tried": 0}
-                self.repository.change(base.revision, **values)
+            self.repository.mark_damaged(base.revision, damaged)
         except BackyError as e:
             log.warning("%s (this is not recorded)", e)
 
@@ -4968,10 +4987,9 @@ class Verifier:
         """
         try:
             with self.repository.metadata_lock(revision.id):
-                now = self.repository.find(revision.id)
-                if values.get("trust") is not Trust.DISTRUSTED and (
-                    (now.trust, now.damaged) != (revision.trust, revision.damaged)
-                ):
+                now = self.repository.current(revision)
+                known = replace(revision, trust=now.trust, damaged=now.damaged, by_hand=now.by_hand)
+                if values.get("trust") is not Trust.DISTRUSTED and known != revision:
                     log.warning("%s: %s was marked meanwhile", self.repository.name, revision.id)
                     return now
                 if values.get("trust") is Trust.DISTRUSTED:
@@ -5104,8 +5122,8 @@ class Dedup:
         ]
         self.dry_run = dry_run
         self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
-        self.blocks = self.shared = 0
-        self.moved: set[int] = set()  # the images that lie on other extents now
+        self.blocks = self.shared = self.damaged = 0
+        self.moved: set[int] = set()  # the images that may lie on other extents now
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -5117,18 +5135,17 @@ class Dedup:
             self.collect(digests, buckets)
             for records in digests.sorted():
                 self.match(records, matches)
-            try:
-                for records in matches.sorted():
-                    self.share(records)
-            finally:
-                self.forget_states()
+            for records in matches.sorted():
+                self.share(records)
 
-    def forget_states(self) -> None:
-        """Nobody has verified the extents on which these images lie now."""
-        for number in self.moved:
-            repository, revision = self.images[number]
-            with suppress(BackyError), repository.metadata_lock(revision.id):
-                repository.change(revision, image_state="")
+    def forget_state(self, number: int) -> None:
+        """Nobody has verified the extents on which this image will lie; said before it moves."""
+        repository, revision = self.images[number]
+        if number not in self.moved:
+            with repository.metadata_lock(revision.id):
+                if repository.current(revision).image_state:
+                    repository.change(revision, image_state="")
+            self.moved.add(number)
 
     def collect(self, digests: Buckets, buckets: int) -> None:
         """Note every block that an image does not have in common with the one before it."""
@@ -5193,22 +5210,61 @@ class Dedup:
             moved = [(at - place + offset, physical, size) for at, physical, size in theirs]
             if mine == moved:
                 return
-        if not self.dry_run:  # the kernel compares what is cached, and waits for each page
+        try:
+            if self.dry_run:  # no bytes: only to know whether it could be done
+                dedupe_range(origin.fd, place, 0, image.fd, offset)
+                self.shared += length
+                return
+            self.forget_state(number)
             for fd, start in ((origin.fd, place), (image.fd, offset)):
-                drop_cache(fd, start, length)
-                read_ahead(fd, start, length)
-        try:  # no bytes: only to know whether it could be done
-            done = dedupe_range(origin.fd, place, 0 if self.dry_run else length, image.fd, offset)
-            self.shared += length if self.dry_run else done
-            if done:
-                self.moved.add(number)
+                drop_cache(fd, start, length)  # what is compared comes from the medium,
+                read_ahead(fd, start, length)  # and the kernel would wait for each page
+            self.share_range(number, offset, other, place, length)
         except OSError as e:
             if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
                 raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
             log.warning("%s: %s", image.revision.id, e.strerror)
+        except BackyError as e:  # it has just been removed, or we may not write there
+            log.warning("%s", e)
         finally:
             drop_cache(image.fd, offset, length)
             drop_cache(origin.fd, place, length)
+
+    def share_range(self, number: int, offset: int, other: int, place: int, length: int) -> None:
+        """Let one range share the other's extents, up to the block that is not equal.
+
+        It is halved until that block is found: its digest is that of the other, so
+        one of the two is rotten.
+        """
+        image, origin = self.opened[number][0], self.opened[other][0]
+        while length:
+            done = 0
+            try:
+                done = dedupe_range(origin.fd, place, length, image.fd, offset)
+            except OSError as e:
+                if e.errno != errno.EIO:
+                    raise
+            self.shared += done
+            offset, place, length = offset + done, place + done, length - done
+            if not done and length <= BLOCK:
+                self.look_at(image, offset, length, self.images[number][0])
+                self.look_at(origin, place, length, self.images[other][0])
+                return
+            if not done:
+                half = length // BLOCK // 2 * BLOCK
+                self.share_range(number, offset, other, place, half)
+                offset, place, length = offset + half, place + half, length - half
+
+    def look_at(
+        self, image: CheckedImage, offset: int, length: int, repository: Repository
+    ) -> None:
+        """Hold a block against its digest, and mark the revision if it is not that."""
+        image.damaged.clear()
+        image.check(offset, length, Buffers())
+        if image.damaged:
+            self.damaged += 1
+            tell_damage(repository, image.revision, image.damaged)
+            repository.mark_damaged(image.revision, image.damaged)
 
     def open(self, number: int) -> CheckedImage | None:
         """The image of that number, open as long as there is room."""
@@ -5355,8 +5411,8 @@ class Restore:
     def prepare(self, stack: ExitStack) -> None:
         """Give a file its size; open what there is, to be compared with."""
         with explain(f"cannot prepare {self.shown}"):
-            if not self.target.is_device and os.fstat(self.target.fd).st_size != self.image.size:
-                os.ftruncate(self.target.fd, self.image.size)
+            if not self.target.is_device:
+                resize(self.target.fd, self.image.size)
             if not self.target.is_new:
                 fd = os.open(f"/proc/self/fd/{self.target.fd}", os.O_RDWR | os.O_CLOEXEC)
                 stack.callback(close, fd)
@@ -5368,7 +5424,7 @@ class Restore:
         mended = self.image.read(buffers.new, offset, length)
         if self.shared:  # it was read to be checked
             for start, end in mended:
-                write_all(self.target.fd, buffers.new[start:end], offset + start)
+                write_pages(self.target.fd, buffers.new[start:end], offset + start, self.image.size)
             return
         with explain(f"cannot write {self.shown} at offset {offset}"):
             self.writer.update(buffers.new, offset, self.runs(offset, length, buffers))
@@ -5425,10 +5481,8 @@ def confess(repository: Repository, image: CheckedImage) -> None:
         log.warning("%s: %s: %s: taken from another revision", repository.name, name, line)
     damaged = image.damage()
     if damaged:
-        known = join_ranges([*image.revision.damaged, *damaged])
-        with suppress(BackyError), repository.metadata_lock():  # we may not be allowed to
-            values = {"trust": Trust.DISTRUSTED, "damaged": known, "heal_tried": 0}
-            repository.change(image.revision, **values)
+        with suppress(BackyError):  # we may not be allowed to
+            repository.mark_damaged(image.revision, damaged)
         for line in describe_ranges(damaged):
             log.error("%s: %s is damaged: %s", repository.name, image.revision.id, line)
         raise Distrusted(
@@ -9966,9 +10020,12 @@ def verify(args: argparse.Namespace) -> None:
             f"{repository.name}: damage was found{'' if left else ', and all of it is healed'}",
             hint if left else "look at the disk: dmesg, smartctl",
         )
-    if len(verifier.results) == 1 and verifier.results[0].is_unknown:
-        result = verifier.results[0]
-        raise Distrusted(f"{repository.name}: {result.revision.id} {result.text}")
+    unknown = [result for result in verifier.results if result.is_unknown]
+    if unknown and len(unknown) == len(verifier.results):
+        what = f"{unknown[0].revision.id} {unknown[0].text}"
+        if len(unknown) > 1:
+            what = f"none of {len(unknown)} revisions can be verified: they have no digests"
+        raise Distrusted(f"{repository.name}: {what}")
 
 
 @command(
@@ -9990,6 +10047,9 @@ def dedup(args: argparse.Namespace) -> None:
         f"{len(run.images)} images, {format_size(run.blocks * BLOCK)} of blocks: "
         f"{format_size(run.shared)} {verb}\n"
     )
+    if run.damaged:
+        hint = "backy verify finds all of it, and heals what it can"
+        raise Distrusted(f"damage was found in {run.damaged} places", hint)
 
 
 def parse_dates(text: str) -> tuple[datetime, datetime]:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import pytest
-from conftest import MiB, noise, revisions, shared_bytes, write_image
+from conftest import MiB, command, noise, revisions, shared_bytes, write_image
 
 import backy
 
@@ -77,7 +78,12 @@ def test_what_is_not_equal_any_more_is_left_alone(jobs, run):
         file.write(b"rotten")
         os.fsync(file.fileno())
     damaged = (job / revision.id).read_bytes()
-    dedup(run, jobs)
+    result = run("-b", jobs[0][0], "dedup", *(job for job, _ in jobs[1:]))
+    assert result.status == 1, result
+    assert "damage was found in 1 places" in result.err
+    assert f"job1: {revision.id} is damaged: bytes {5 * MiB} to {5 * MiB + 65535}" in result.err
+    assert revisions(job)[0].damaged == ((5 * MiB, 65536),)
+    assert shared_bytes(job / revision.id) > 7 * MiB, "one block must not cost its neighbours"
     assert (job / revision.id).read_bytes() == damaged
     for other, image in (jobs[0], jobs[2]):
         assert (other / "last").read_bytes() == image.read_bytes()
@@ -97,3 +103,58 @@ def test_more_images_than_may_be_open_are_no_matter(jobs, run, monkeypatch):
     monkeypatch.setattr(backy.Dedup, "FILES", 2)
     dedup(run, jobs)
     assert shared_bytes(jobs[2][0] / "last") > 7 * MiB
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_what_rots_on_the_disk_while_it_is_cached_is_not_shared(
+    kind, new_file_system, tmp_path, run
+):
+    """Of two equal images one rots below the file system; the cache still knows the right bytes."""
+    system = new_file_system(kind, 400 * MiB)
+    image = write_image(tmp_path / "image", (0, noise(SIZE, 3)))
+    jobs = [system.path / "one", system.path / "two"]
+    for job in jobs:
+        assert run("-b", job, "init", "file", image).status == 0
+        assert run("-b", job, "backup", "x").status == 0
+        assert (job / "last").read_bytes() == image.read_bytes()
+    command("sync", "-f", system.path)
+    needle = image.read_bytes()[3 * MiB + 100 : 3 * MiB + 164]
+    with open(system.disk, "r+b") as disk, mmap.mmap(disk.fileno(), 0) as view:
+        assert view.find(needle) >= 0
+        view[view.find(needle)] ^= 1
+    result = run("-b", jobs[0], "dedup", jobs[1])
+    assert (result.status, "damage was found in 1 places" in result.err) == (1, True), result
+    states = [run("-b", job, "verify").status for job in jobs]
+    assert sorted(states) == [0, 1]
+    assert shared_bytes(jobs[0] / "last") > 8 * MiB
+
+
+@pytest.mark.parametrize("words", [[], ["-n"]])
+def test_two_file_systems_share_nothing_and_it_says_so(xfs, new_file_system, tmp_path, run, words):
+    image = write_image(tmp_path / "image", (0, noise(MiB, 3)))
+    jobs = [xfs / "job", new_file_system("xfs", 300 * MiB).path / "job"]
+    for job in jobs:
+        assert run("-b", job, "init", "file", image).status == 0
+        assert run("-b", job, "backup", "x").status == 0
+    result = run("-b", jobs[0], "dedup", *words, jobs[1])
+    assert (result.status, result.out) == (1, "")
+    assert "cannot share extents: Invalid cross-device link" in result.err
+
+
+def test_who_is_killed_leaves_no_image_that_passes_for_verified(jobs, run, monkeypatch):
+    """Its extents are others from the first call on, and nobody has read them."""
+    real = backy.dedupe_range
+    states = {revision.id: revision.image_state for job, _ in jobs for revision in revisions(job)}
+    assert all(states.values())
+
+    def dedupe_range(*words):
+        real(*words)
+        moved.extend(one.id for job, _ in jobs for one in revisions(job) if not one.image_state)
+        raise KeyboardInterrupt
+
+    moved: list[str] = []
+    monkeypatch.setattr(backy, "dedupe_range", dedupe_range)
+    run("-b", jobs[0][0], "dedup", *(job for job, _ in jobs[1:]))
+    assert len(moved) == 1
+    shared = [job for job, _ in jobs if shared_bytes(job / "last")]
+    assert moved[0] in [revisions(job)[0].id for job in shared]

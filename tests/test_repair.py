@@ -90,6 +90,93 @@ def test_distrust_while_it_is_verified_is_not_undone(xfs, tmp_path, run, meanwhi
     assert revisions(job)[0].trust is backy.Trust.DISTRUSTED
 
 
+def mark(job, name: str, **values) -> None:
+    """Write into the metadata as another process would."""
+    with backy.Repository.open(str(job)) as repository, repository.metadata_lock():
+        repository.change(repository.find(name), **values)
+
+
+def test_a_distrust_by_hand_is_not_undone_by_who_saw_only_damage(xfs, tmp_path, run, meanwhile):
+    """It was distrusted before, for damage that is healed; now the operator says so too."""
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, _ = two_revisions(job, image, run)
+    mark(job, one.id, trust=backy.Trust.DISTRUSTED, damaged=((0, BLOCK),))
+    happened = meanwhile(2, lambda: mark(job, one.id, by_hand=True))
+    run("-b", job, "verify", "-r", one.id)
+    assert happened
+    now = revisions(job)[0]
+    assert (now.trust, now.by_hand) == (backy.Trust.DISTRUSTED, True)
+
+
+def test_damage_that_is_marked_while_other_damage_is_healed_is_kept(
+    xfs, tmp_path, run, monkeypatch
+):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, two = two_revisions(job, image, run)
+    rot(job / two.id, 5)
+    real = backy.heal_clone
+
+    def heal_clone(*words):
+        healed = real(*words)
+        other = (2 * MiB, BLOCK)
+        mark(job, two.id, trust=backy.Trust.DISTRUSTED, damaged=((0, BLOCK), other))
+        return healed
+
+    monkeypatch.setattr(backy, "heal_clone", heal_clone)
+    run("-b", job, "verify", "-r", two.id)
+    monkeypatch.undo()
+    now = revisions(job)[1]
+    assert (now.trust, now.damaged) == (backy.Trust.DISTRUSTED, ((2 * MiB, BLOCK),))
+    assert now.heal_tried == 0
+    assert (job / two.id).read_bytes() == (job / one.id).read_bytes()
+
+
+def test_damage_that_is_marked_while_it_is_looked_for_elsewhere_is_kept(
+    xfs, tmp_path, run, monkeypatch
+):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, two = two_revisions(job, image, run)
+    for revision in (one, two):
+        rot(job / revision.id, 5)
+    real = backy.tell_damage
+
+    def tell_damage(repository, revision, ranges):
+        if revision.id == one.id:
+            mark(job, one.id, trust=backy.Trust.DISTRUSTED, damaged=((2 * MiB, BLOCK),))
+        real(repository, revision, ranges)
+
+    monkeypatch.setattr(backy, "tell_damage", tell_damage)
+    monkeypatch.setattr(backy, "heal", lambda *words: False)
+    run("-b", job, "verify", "-r", two.id)
+    assert revisions(job)[0].damaged == ((0, BLOCK), (2 * MiB, BLOCK))
+
+
+def test_a_distrust_made_while_digests_are_made_anew_is_kept_and_so_is_damage(
+    xfs, tmp_path, run, monkeypatch
+):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    one, _ = two_revisions(job, image, run)
+    (job / f"{one.id}.sums").unlink()
+    known = {"trust": backy.Trust.DISTRUSTED, "damaged": ((MiB, BLOCK),), "by_hand": True}
+    real = backy.rebuild_sums
+
+    def rebuild_sums(*words):
+        made = real(*words)
+        mark(job, one.id, **known)
+        return made
+
+    monkeypatch.setattr(backy, "rebuild_sums", rebuild_sums)
+    monkeypatch.setattr(backy, "heal", lambda *words: False)
+    run("-b", job, "verify", "-r", one.id)
+    now = revisions(job)[0]
+    assert {key: getattr(now, key) for key in known} == known
+    assert not now.sums_damaged
+
+
 def test_another_disk_with_the_same_number_is_not_gone_on_with(xfs, tmp_path, run, block_device):
     """A loop device that was attached anew to something else: same number, size and counters."""
     need(os.path.exists("/sys/block/loop0/diskseq"), "this kernel has no diskseq")

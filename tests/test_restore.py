@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import signal
 import subprocess
@@ -551,3 +552,53 @@ def test_a_revision_that_is_being_restored_cannot_be_forgotten(job, source, run)
     assert (result.status, "is being read" in result.err) == (1, True)
     assert (process.returncode, start + rest) == (0, source.read_bytes())
     assert run("-b", job, "forget", "-r", "1", "--force").status == 0
+
+
+TAIL = b"The last page is not a whole one"
+
+
+def spoil_once(system, text: bytes) -> None:
+    """Damage the first place of the disk that holds `text`, with nothing cached."""
+    system.unmount()
+    with open(system.disk, "r+b") as disk, mmap.mmap(disk.fileno(), 0) as view:
+        assert view.find(text) >= 0
+        view[view.find(text)] ^= 1
+    system.mount()
+
+
+def test_a_rotten_last_page_is_mended_on_the_same_file_system(new_file_system, tmp_path, run):
+    """btrfs reads a page before it writes a part of it: that must not end in EIO."""
+    system = new_file_system("btrfs", 256 * MiB)
+    image, job = tmp_path / "image", system.path / "job"
+    content = noise(MiB + 3000, 5)
+    for tail in (TAIL, bytes(32), TAIL):  # the first and the last have it in extents of their own
+        write_image(image, (0, content), (len(content) - 50, tail))
+        if not job.exists():
+            assert run("-b", job, "init", "file", image).status == 0
+        assert run("-b", job, "backup", "x").status == 0
+    spoil_once(system, TAIL)
+    mended = 0
+    for number in ("0", "2"):
+        target = system.path / f"restored{number}"
+        result = run("-b", job, "restore", "--check", "-r", number, target)
+        assert result.status == 0, result
+        mended += "taken from another revision" in result.err
+        assert target.read_bytes() == image.read_bytes()
+    assert mended == 1
+
+
+@pytest.mark.parametrize("longer", [0, 1000, 100_000, -1000, -100_000])
+def test_a_target_with_a_rotten_last_page_is_overwritten(new_file_system, tmp_path, run, longer):
+    system = new_file_system("btrfs", 256 * MiB)
+    content = noise(MiB + 3000, 5)
+    image = write_image(tmp_path / "image", (0, content))
+    job = tmp_path / "job"
+    assert run("-b", job, "init", "file", image).status == 0
+    assert run("-b", job, "backup", "x").status == 0
+    old = bytearray(content + bytes(max(0, longer)))[: len(content) + longer]
+    old[-50:-18] = TAIL
+    write_image(system.path / "target", (0, bytes(old)))
+    spoil_once(system, TAIL)
+    result = run("-b", job, "restore", "--force", system.path / "target")
+    assert result.status == 0, result
+    assert (system.path / "target").read_bytes() == content

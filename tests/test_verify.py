@@ -291,3 +291,17 @@ def test_what_cannot_be_marked_is_not_said_to_be_healed(job, run, monkeypatch):
     assert f"{one.id}: damaged (" in result.out
     assert "healed" not in result.out
     assert "all of it is healed" not in result.err
+
+
+@pytest.mark.parametrize("words", [[], ["--all"], ["--oldest"], ["--all", "--sample", "5%"]])
+def test_where_nothing_has_digests_nothing_is_called_verified(job, run, words):
+    for _ in range(2):
+        assert run("-b", job, "backup", "x").status == 0
+    with backy.Repository.open(str(job)) as repository:
+        for revision in repository.revisions:
+            repository.change(revision, digest="", trust=backy.Trust.TRUSTED)
+            (job / f"{revision.id}.sums").unlink()
+    result = run("-b", job, "verify", *words)
+    assert result.status == 1
+    assert "it has no digests" in result.out
+    assert "can be verified" in result.err or "cannot be verified" in result.err
