@@ -367,33 +367,46 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 # and remembers its place; resolve() is for values that no schema knows.  What
 # may mean two things is refused, and parsing takes time linear in the text.
 
+
+class Regex:
+    """A regular expression, compiled when it is first used: most starts need few of them."""
+
+    def __init__(self, pattern: str, flags: int = 0) -> None:
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(self.pattern, self.flags), name)
+        setattr(self, name, method)  # the next time it is found at once
+        return method
+
+
 MAX_YAML_TEXT = 1 << 20  # bytes
 MAX_YAML_DEPTH = 64  # collections inside one another
 MAX_YAML_NODES = 200_000  # with every alias counted as a copy
 
 # Raw control characters, the line ends that only YAML 1.1 knows, surrogates and stray BOMs.
-FORBIDDEN_CHARACTER = re.compile(
+FORBIDDEN_CHARACTER = Regex(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
-DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
-BETWEEN_TOKENS = re.compile(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
-INDICATOR = re.compile(r"[-?:](?=[ \t\n]|\Z)")
-LINE_END = re.compile(r" *\n[ \n]*")
-ANCHOR_NAME = re.compile(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\n,\]}]|\Z)")
-BLOCK_HEADER = re.compile(r"[|>](?:([1-9])([-+]?)|([-+]?)([1-9]?)) *(?:(?<= )#[^\n]*)?(?:\n|\Z)")
-LEADING_BLANKS = re.compile(r"[ \n]*")
+DOCUMENT_MARKER = Regex(r"^(?:---|\.\.\.)(?=[ \t\n]|\Z)", re.MULTILINE)
+BETWEEN_TOKENS = Regex(r"(?:[ \n]|(?<![^ \n])#[^\n]*)*")  # blanks, line ends and comments
+INDICATOR = Regex(r"[-?:](?=[ \t\n]|\Z)")
+LINE_END = Regex(r" *\n[ \n]*")
+ANCHOR_NAME = Regex(r"[&*]([0-9A-Za-z_-]+)(?=[ \t\n,\]}]|\Z)")
+BLOCK_HEADER = Regex(r"[|>](?:([1-9])([-+]?)|([-+]?)([1-9]?)) *(?:(?<= )#[^\n]*)?(?:\n|\Z)")
+LEADING_BLANKS = Regex(r"[ \n]*")
 
 # Where one line of a plain scalar ends, and the colon that makes a scalar a key.
-BLOCK_END = re.compile(r"[\t\n]|(?<= )#|:(?=[ \t\n]|\Z)|\Z")
-FLOW_END = re.compile(r"[\t\n,\[\]{}]|(?<= )#|:(?=[ \t\n,\[\]{}]|\Z)|\Z")
-BLOCK_COLON = re.compile(r" *:(?=[ \t\n]|\Z)")
-FLOW_COLON = re.compile(r" *:")
+BLOCK_END = Regex(r"[\t\n]|(?<= )#|:(?=[ \t\n]|\Z)|\Z")
+FLOW_END = Regex(r"[\t\n,\[\]{}]|(?<= )#|:(?=[ \t\n,\[\]{}]|\Z)|\Z")
+BLOCK_COLON = Regex(r" *:(?=[ \t\n]|\Z)")
+FLOW_COLON = Regex(r" *:")
 
 # The pieces of a quoted scalar; exactly one group matches: text, line ends to fold,
 # blanks, an escape, the closing quote.
 QUOTED = {
-    "'": re.compile(r"([^' \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)|'(')|(')"),
-    '"': re.compile(
+    "'": Regex(r"([^' \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)|'(')|(')"),
+    '"': Regex(
         r"([^\"\\ \t\n]+)|([ \t]*\n[ \t\n]*)|([ \t]+)"
         r"|\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|\n[ \t\n]*|[^xuU\n])|(\")"
     ),
@@ -408,32 +421,30 @@ ESCAPES.update({"/": "/", " ": " ", "\t": "\t"})  # read, not written
 PLAIN_NULL = {"", "~", "null", "Null", "NULL"}
 PLAIN_TRUE = {"yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"}
 PLAIN_FALSE = {"no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"}
-PLAIN_INTEGER = re.compile(
-    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"
-)
-PLAIN_FLOAT = re.compile(
+PLAIN_INTEGER = Regex(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
+PLAIN_FLOAT = Regex(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-PLAIN_DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
-PLAIN_TIMESTAMP = re.compile(
+PLAIN_DATE = Regex(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
+PLAIN_TIMESTAMP = Regex(
     r"([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})(?:[Tt]|[ \t]+)([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
     r"(?:\.([0-9]*))?(?:[ \t]*(Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
-PLAIN_ODD = re.compile(r"[-+]?\.[0-9_]+|=|<<")  # refused by PyYAML, or a number to old ones
+PLAIN_ODD = Regex(r"[-+]?\.[0-9_]+|=|<<")  # refused by PyYAML, or a number to old ones
 MAX_PLAIN_NUMBER = 256  # characters; int() is slow on long texts
 
-NOT_PLAIN = re.compile(
+NOT_PLAIN = Regex(
     r"^(?:---|\.\.\.|[ #,\[\]{}&*!|>'\"%@`]|[-?:](?: |\Z))|:(?: |\Z)| #| \Z"  # anywhere
 )
-NOT_PLAIN_IN_FLOW = re.compile(NOT_PLAIN.pattern + r"|[,?:\[\]{}]")
+NOT_PLAIN_IN_FLOW = Regex(NOT_PLAIN.pattern + r"|[,?:\[\]{}]")
 
 
 # Documents of lines like `key: 2026-11-05 10:15`, `key: {a: 1, b: c}`, `key: [a, b]` and no other.
 SHORT_NAME = "[a-z][0-9a-z_-]*"
-SHORT_WORD = re.compile("[0-9A-Za-z]+(?:(?: [.+/-]*|[.+/-]+)[0-9A-Za-z]+)*")
-SHORT_PAIR = re.compile(f"({SHORT_NAME}): ({SHORT_WORD.pattern})")
-SHORT_TEXT = re.compile(
+SHORT_WORD = Regex("[0-9A-Za-z]+(?:(?: [.+/-]*|[.+/-]+)[0-9A-Za-z]+)*")
+SHORT_PAIR = Regex(f"({SHORT_NAME}): ({SHORT_WORD.pattern})")
+SHORT_TEXT = Regex(
     f"(?:{SHORT_NAME}: (?:[0-9A-Za-z]+(?:(?: [.+/-]*|[.+/:-]+)[0-9A-Za-z]+)*"
     rf"|\{{{SHORT_PAIR.pattern}(?:, {SHORT_PAIR.pattern})*\}}"
     rf"|\[{SHORT_WORD.pattern}(?:, {SHORT_WORD.pattern})*\])\n)+"
@@ -1008,7 +1019,7 @@ def plain_value(text: str) -> object:
         return None
     if text in PLAIN_TRUE or text in PLAIN_FALSE:
         return text in PLAIN_TRUE
-    if len(text) > MAX_PLAIN_NUMBER:
+    if text[0] not in "+-.0123456789" or len(text) > MAX_PLAIN_NUMBER:
         return text
     if PLAIN_INTEGER.fullmatch(text):
         return plain_integer(text)
@@ -1170,8 +1181,8 @@ def format_yaml(value: object, flow: bool = False) -> str:
 NULLS = ("", "~", "null")  # a plain value that says nothing
 LONGEST_EXCERPT = 120  # characters of a line that are shown
 # What stands behind a key that names a secret, as far as it is on the same line.
-SECRET = re.compile("token|secret|passw|credential", re.IGNORECASE)
-SECRET_VALUE = re.compile(
+SECRET = Regex("token|secret|passw|credential", re.IGNORECASE)
+SECRET_VALUE = Regex(
     rf"((?:{SECRET.pattern})[\w-]*['\"]?\s*:\s*)(\"(?:[^\"\\]|\\.)*\"?|'(?:[^']|'')*'?|[^\s,}}]+)",
     re.IGNORECASE,
 )

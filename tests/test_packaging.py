@@ -411,7 +411,7 @@ def test_preamble_hands_arguments_and_status_on(shell, zipapp, tmp_path):
     write_fake_python(tmp_path / "python3", "3.11.2")
     args = ["a b", "", "*", "--", "$x"]
     result = run(*shell, zipapp, *args, env={"PATH": str(tmp_path)})
-    assert result.stdout == f"<-I><{zipapp}>" + "".join(f"<{arg}>" for arg in args)
+    assert result.stdout == f"<-IS><{zipapp}>" + "".join(f"<{arg}>" for arg in args)
     assert (result.returncode, result.stderr) == (42, "")
 
 
@@ -419,7 +419,7 @@ def test_preamble_asks_one_python_only(zipapp, tmp_path):
     for name in ("python3", "python3.13", "python3.12"):
         write_fake_python(tmp_path / name, "3.12.1")
     run(zipapp, env={"PATH": str(tmp_path)})
-    assert (tmp_path / "python3.starts").read_text() == "-ISc\n-I\n"
+    assert (tmp_path / "python3.starts").read_text() == "-ISc\n-IS\n"
     assert not (tmp_path / "python3.13.starts").exists()
 
 
@@ -462,8 +462,8 @@ def test_environment_can_name_the_python(shell, zipapp, tmp_path):
     python = tmp_path / "my python"
     write_fake_python(python, "3.11.2")
     result = run(*shell, zipapp, "help", env={"PATH": "/nonexistent", "BACKY_PYTHON": str(python)})
-    assert (result.returncode, result.stdout) == (42, f"<-I><{zipapp}><help>")
-    assert Path(f"{python}.starts").read_text() == "-I\n"
+    assert (result.returncode, result.stdout) == (42, f"<-IS><{zipapp}><help>")
+    assert Path(f"{python}.starts").read_text() == "-IS\n"
 
 
 def test_zipapp_runs_through_a_symlink(zipapp, surroundings, tmp_path):

@@ -23,19 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Only what every sh has built in: a rescue system may have little else in its
 # PATH.  Versions that backy is tested with come before newer ones.  A Python that
-# is found tells its own path, as a shim's start costs more than that of Python.
+# is found tells its own path, as a shim's start costs more than that of Python; what
+# others have installed there (-S) is not needed and not waited for.
 # Nothing after "exit" is read by the shell, nothing before the archive by Python.
 PREAMBLE = r"""#!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-or-later
 # backy @VERSION@: a zip archive; these lines only find a Python to run it with.
-[ -z "$BACKY_PYTHON" ] || exec "$BACKY_PYTHON" -I "$0" "$@"
+[ -z "$BACKY_PYTHON" ] || exec "$BACKY_PYTHON" -IS "$0" "$@"
 found=
 for p in python3 python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 \
     python3.14 python3.15 python3.16 python3.17 /usr/libexec/platform-python; do
     command -v "$p" >/dev/null 2>&1 || continue
     e=$("$p" -ISc 'import sys
 sys.version_info < (3, 8) and sys.exit(1)
-sys.stdout.write(sys.executable)' 2>/dev/null) && exec "${e:-$p}" -I "$0" "$@"
+sys.stdout.write(sys.executable)' 2>/dev/null) && exec "${e:-$p}" -IS "$0" "$@"
     v=$("$p" -V 2>&1) && found="$found${found:+, }${v#Python }"
 done
 echo "backy: UNKNOWN - needs Python 3.8 or newer, found ${found:+only }${found:-none}" >&2
