@@ -64,6 +64,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Callable, ClassVar, Iterable, Iterator, NamedTuple, NoReturn, Tuple
 from typing import Sequence as ListLike
 
@@ -2136,6 +2137,7 @@ def take_lock(fd: int, exclusive: bool = True, wait: bool = False) -> bool:
 BLOCK = 64 * KiB
 UNIT = MiB
 ZEROS = bytearray(UNIT)
+HOLE = memoryview(ZEROS)  # of which a slice is no copy
 WORKERS = 4
 Span = Tuple[int, int]  # start and end, of bytes of a unit
 
@@ -2235,7 +2237,7 @@ class Reader:
         filled = 0
         for start, end in data_extents(self.fd, offset, offset + length):
             start, end = start - offset, end - offset
-            view[filled:start] = ZEROS[: start - filled]
+            view[filled:start] = HOLE[: start - filled]
             if self.drop:
                 drop_cache(self.fd, offset + start, end - start)
             if read_at(self.fd, view[start:], offset + start, end - start) < end - start:
@@ -2245,7 +2247,7 @@ class Reader:
             with self.lock:
                 self.bytes_read += end - start
             filled = end
-        view[filled:length] = ZEROS[: length - filled]
+        view[filled:length] = HOLE[: length - filled]
 
     def salvage(self, view: memoryview, offset: int, length: int) -> list[int]:
         """Like read(), but what cannot be read is zeros; the offsets of these pages."""
@@ -2257,7 +2259,7 @@ class Reader:
             try:
                 self.read(view[at : at + PAGE], offset + at, min(PAGE, length - at))
             except (OSError, EOFError):
-                view[at : min(at + PAGE, length)] = ZEROS[: min(PAGE, length - at)]
+                view[at : min(at + PAGE, length)] = HOLE[: min(PAGE, length - at)]
                 lost.append(at)
         return lost
 
@@ -2603,11 +2605,20 @@ class Sums:
                 at = data.find(digest, at + 1)
 
     def extents(self) -> Iterator[tuple[int, int]]:
-        """Where in the image there may be blocks that are not zeros."""
+        """The units of the image with blocks that are not zeros, or of which that is not known."""
+        first, step = sums_header.size, DIGEST * UNIT // BLOCK
         for start, end in data_extents(self.fd, 0, os.fstat(self.fd).st_size):
-            first = max(0, start - sums_header.size) // DIGEST
-            last = max(0, end - sums_header.size) // DIGEST + 1
-            yield first * BLOCK, last * BLOCK
+            first += max(0, start - first) // step * step
+            while first < end:
+                try:
+                    piece = os.pread(self.fd, 128 * step, first)
+                except OSError:
+                    piece = b"?" * 128 * step
+                for at in range(0, len(piece), step):
+                    if not is_zero(memoryview(piece)[at : at + step]):
+                        offset = (first + at - sums_header.size) // DIGEST * BLOCK
+                        yield offset, offset + UNIT
+                first += 128 * step
 
 
 trail_step = struct.Struct("<32sQ")  # the SHA-256 of a unit's digests, the bytes written for it
@@ -2636,10 +2647,10 @@ class Trail:
         return written if seen == hashlib.sha256(b"".join(digests)).digest() else None
 
 
-def blocks_of(length: int) -> Iterator[tuple[int, int, int]]:
+@lru_cache(maxsize=16)
+def blocks_of(length: int) -> ListLike[tuple[int, int, int]]:
     """(number, start, end) of the blocks in a unit of `length` bytes."""
-    for number, (start, end) in enumerate(blocks_in([(0, length)])):
-        yield number, start, end
+    return tuple((at, start, end) for at, (start, end) in enumerate(blocks_in([(0, length)])))
 
 
 # ==== Revisions ==============================================================
@@ -3871,7 +3882,7 @@ class Donors:
     def find(self, digest: bytes, offset: int, view: memoryview) -> tuple[int, int] | None:
         """Like mend(), but says in which file and where it was; -1 for a block of zeros."""
         if digest == bytes(DIGEST):
-            view[:] = ZEROS[: len(view)]
+            view[:] = HOLE[: len(view)]
             return -1, 0
         with self.lock:
             for revision in self.others:
@@ -4313,6 +4324,9 @@ class Update:
         if self.by_digest:
             spans = join_blocks(length, lambda block: new[block] != digests[block])
         lost = [] if self.fresh else self.read_old(buffers, offset, length, spans)
+        if new == digests and not (self.fresh or lost) and buffers.equal(0, length):
+            self.mark_trail(offset, new, 0)
+            return
         runs = differing_runs(buffers, spans, self.fresh, lost)
         changed = {
             block for start, end, _ in runs for block in range(start // BLOCK, -(-end // BLOCK))
@@ -5553,18 +5567,18 @@ def restore_to_pipe(repository: Repository, revision: Revision, fd: int) -> None
         image = CheckedImage(repository, revision, stack, donors.mend)
         announce(repository, image)
         widen_pipe(fd)
-        zeros, position = memoryview(ZEROS), 0
+        position = 0
         with Progress(f"{repository.name} (restoring)", image.size) as progress:
             pieces = in_order(image.pieces(), image.check, workers_for(image.size))
             for offset, length, buffers in pieces:
                 while position < offset:
-                    position += write_some(fd, zeros[: offset - position])
+                    position += write_some(fd, HOLE[: offset - position])
                 while position < offset + length:
                     position += write_some(fd, buffers.new[position - offset : length])
                 progress.reach(position)
                 progress.tick()
             while position < image.size:
-                position += write_some(fd, zeros[: image.size - position])
+                position += write_some(fd, HOLE[: image.size - position])
         confess(repository, image)
 
 
