@@ -12,6 +12,7 @@ from conftest import PROGRAM, need_root, need_tool
 PEERS = ("borg, blocks of 64 KiB", "restic", "qemu-img convert, qcow2")
 UNCHANGED, SCATTERED = "second backup, unchanged", "second backup, 1 % scattered"
 TO_NEW = "restore to a new file, other file system"
+SHARED = "restore to a new file, same file system"
 ROWS = [
     ("first backup", "cp --sparse=always && sync"),
     *(("first backup", peer) for peer in PEERS),
@@ -26,11 +27,13 @@ ROWS = [
     ),
     (f"{UNCHANGED}: CPU per GiB of data", "-"),
     (f"{UNCHANGED}: growth of the store", "-"),
+    (SHARED, "-"),
     (f"{SCATTERED}: growth on XFS", "bytes changed"),
     (f"{SCATTERED}: growth on btrfs", "bytes changed"),
+    (f"{SCATTERED}: growth on btrfs", "written to a clone by hand"),
     (TO_NEW, "cp --sparse=always && sync"),
     *((TO_NEW, peer) for peer in PEERS),
-    ("restore to a new file, same file system", "-"),
+    (f"{SHARED}, scattered", "cp --reflink=always && sync"),
     ("restore over a file, 1 % differs", "cmp"),
     ("restore to a pipe", "cat"),
     ("restore to a block device", "qemu-img convert -n && sync"),
