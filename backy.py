@@ -5102,7 +5102,9 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
 #
 # Blocks with one digest in several places are made to share one extent: across
 # revisions, and across jobs of one file system.  Nothing is rewritten; the kernel
-# compares the bytes before it lets go of one copy.
+# compares the bytes before it lets go of one copy.  The extent of the newest
+# revision is the one that stays, for a fresh image lies in few pieces; who shared
+# an extent that goes, goes along, or nothing would be free.
 
 
 class Buckets:
@@ -5128,6 +5130,35 @@ class Buckets:
             file.close()
 
 
+def read_anew(fd: int, offset: int, length: int) -> None:
+    """Let what the kernel compares come from the medium, for each page of which it would wait."""
+    drop_cache(fd, offset, length)
+    read_ahead(fd, offset, length)
+
+
+def same_blocks(
+    blocks: Iterable[int],
+    one: list[tuple[int, int, int]] | None,
+    other: list[tuple[int, int, int]] | None,
+) -> set[int]:
+    """Those of the blocks at these offsets that lie in the same places by both lists."""
+    if one is None or other is None:
+        return set()
+    if one == other:
+        return set(blocks)
+    ours, theirs = places_by_block(one), places_by_block(other)
+    return {at for at in blocks if ours.get(at) == theirs.get(at)}
+
+
+def places_by_block(found: list[tuple[int, int, int]]) -> dict[int, list[tuple[int, int, int]]]:
+    blocks: dict[int, list[tuple[int, int, int]]] = {}
+    for logical, physical, length in found:
+        for at in block_offsets([(logical, length)]):
+            start, end = max(at, logical), min(at + BLOCK, logical + length)
+            blocks.setdefault(at, []).append((start, physical + start - logical, end - start))
+    return blocks
+
+
 found_block = struct.Struct(">32sIQ")  # digest, number of the image, offset
 found_match = struct.Struct(">IQIQ")  # image, offset; and the other image, offset
 
@@ -5142,7 +5173,7 @@ class Dedup:
         self.images = [
             (repository, revision)
             for repository in repositories
-            for revision in repository.complete
+            for revision in reversed(repository.complete)
             if revision.is_good and revision.digest
         ]
         self.dry_run = dry_run
@@ -5172,31 +5203,41 @@ class Dedup:
                     repository.change(revision, image_state="")
             self.moved.add(number)
 
+    def is_first(self, number: int) -> bool:
+        """Whether this image is the newest of its job."""
+        return number == 0 or self.images[number][0] is not self.images[number - 1][0]
+
     def collect(self, digests: Buckets, buckets: int) -> None:
-        """Note every block that an image does not have in common with the one before it."""
-        before: Sums | None = None
+        """Note every block that an image does not share with the one before it."""
+        before: CheckedImage | None = None
         for number, (repository, revision) in enumerate(self.images):
             image = self.open(number)
             if image is None or image.sums is None:
                 continue
-            sums = image.sums
-            follows = number and self.images[number - 1][0] is repository
+            if self.is_first(number):
+                before = None
             with explain(f"{repository.name}: cannot read digests of {revision.id}"):
-                for offset, length in units(image.size, sums.extents()):
-                    mine = sums.read(offset, length)
-                    theirs: list[bytes] = []
-                    if follows and before and offset + length <= before.size:
-                        theirs = before.read(offset, length)
-                    for block, digest in enumerate(mine):
+                for offset, length in units(image.size, image.sums.extents()):
+                    shared = self.shared_blocks(image, before, offset, length)
+                    for block, digest in enumerate(image.sums.read(offset, length)):
                         at = offset + block * BLOCK
                         if digest == bytes(DIGEST) or at + BLOCK > image.size:
                             continue
                         self.blocks += 1
-                        if block < len(theirs) and theirs[block] == digest:
-                            continue
-                        record = found_block.pack(digest, number, at)
-                        digests.add(int.from_bytes(digest[:4], "big") % buckets, record)
-            before = sums
+                        if at not in shared:
+                            record = found_block.pack(digest, number, at)
+                            digests.add(int.from_bytes(digest[:4], "big") % buckets, record)
+            before = image
+
+    @staticmethod
+    def shared_blocks(
+        image: CheckedImage, other: CheckedImage | None, offset: int, length: int
+    ) -> set[int]:
+        """The offsets of the blocks of a unit that lie in the same places in both."""
+        if other is None:
+            return set()
+        mine, theirs = (places(one.fd, offset, offset + length) for one in (image, other))
+        return same_blocks(range(offset, offset + length, BLOCK), mine, theirs)
 
     def match(self, records: list[bytes], matches: Buckets) -> None:
         """Of equal blocks the first is the one that the others are to share."""
@@ -5240,11 +5281,9 @@ class Dedup:
                 dedupe_range(origin.fd, place, 0, image.fd, offset)
                 self.shared += length
                 return
-            self.forget_state(number)
-            for fd, start in ((origin.fd, place), (image.fd, offset)):
-                drop_cache(fd, start, length)  # what is compared comes from the medium,
-                read_ahead(fd, start, length)  # and the kernel would wait for each page
-            self.share_range(number, offset, other, place, length)
+            read_anew(origin.fd, place, length)
+            self.shared += self.share_range(number, offset, other, place, length)
+            self.take_along(number, mine, other, place - offset)
         except OSError as e:
             if e.errno in (*NOT_SUPPORTED, errno.EXDEV):
                 raise CloneUnsupported(f"cannot share extents: {e.strerror}") from e
@@ -5252,16 +5291,41 @@ class Dedup:
         except BackyError as e:  # it has just been removed, or we may not write there
             log.warning("%s", e)
         finally:
-            drop_cache(image.fd, offset, length)
             drop_cache(origin.fd, place, length)
 
-    def share_range(self, number: int, offset: int, other: int, place: int, length: int) -> None:
-        """Let one range share the other's extents, up to the block that is not equal.
+    def take_along(
+        self, number: int, left: list[tuple[int, int, int]] | None, other: int, shift: int
+    ) -> None:
+        """Let older revisions that had the same extents as `number` share the new ones as well."""
+        blocks = set(block_offsets((one[0], one[2]) for one in left or ()))
+        while blocks and number + 1 < len(self.images) and not self.is_first(number + 1):
+            number += 1
+            image = self.open(number)
+            if image is None or self.open(other) is None:
+                return
+            theirs = places(image.fd, min(blocks), max(blocks) + BLOCK)
+            blocks = same_blocks(blocks, left, theirs)
+            for at, length in join_ranges((at, BLOCK) for at in blocks):
+                if at + length <= image.size:
+                    self.share_range(number, at, other, at + shift, length)
 
-        It is halved until that block is found: its digest is that of the other, so
-        one of the two is rotten.
+    def share_range(self, number: int, offset: int, other: int, place: int, length: int) -> int:
+        """Let one range share the other's extents; how many bytes of it now do."""
+        image_fd = self.opened[number][0].fd
+        self.forget_state(number)
+        try:
+            read_anew(image_fd, offset, length)
+            return self.share_equal(number, offset, other, place, length)
+        finally:
+            drop_cache(image_fd, offset, length)
+
+    def share_equal(self, number: int, offset: int, other: int, place: int, length: int) -> int:
+        """Share all but the blocks that are not equal, which halving finds; the bytes shared.
+
+        The digest of such a block is that of the other, so one of the two is rotten.
         """
         image, origin = self.opened[number][0], self.opened[other][0]
+        shared = 0
         while length:
             done = 0
             try:
@@ -5269,16 +5333,17 @@ class Dedup:
             except OSError as e:
                 if e.errno != errno.EIO:
                     raise
-            self.shared += done
-            offset, place, length = offset + done, place + done, length - done
             if not done and length <= BLOCK:
                 self.look_at(image, offset, length, self.images[number][0])
                 self.look_at(origin, place, length, self.images[other][0])
-                return
+                return shared
             if not done:
-                half = length // BLOCK // 2 * BLOCK
-                self.share_range(number, offset, other, place, half)
-                offset, place, length = offset + half, place + half, length - half
+                done = length // BLOCK // 2 * BLOCK
+                shared += self.share_equal(number, offset, other, place, done)
+            else:
+                shared += done
+            offset, place, length = offset + done, place + done, length - done
+        return shared
 
     def look_at(
         self, image: CheckedImage, offset: int, length: int, repository: Repository

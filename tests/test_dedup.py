@@ -158,3 +158,60 @@ def test_who_is_killed_leaves_no_image_that_passes_for_verified(jobs, run, monke
     assert len(moved) == 1
     shared = [job for job, _ in jobs if shared_bytes(job / "last")]
     assert moved[0] in [revisions(job)[0].id for job in shared]
+
+
+@pytest.fixture
+def histories(cow, tmp_path, run):
+    """Two jobs of one template, each with three revisions that share most of their extents."""
+    made = []
+    for number in range(2):
+        image = write_image(tmp_path / f"image{number}", (0, noise(SIZE, 3)), size=SIZE)
+        job = cow / f"job{number}"
+        assert run("-b", job, "init", "file", image).status == 0
+        contents = []
+        for at in range(3):
+            write_image(image, ((at * 3 + 1) * MiB, noise(5000, 10 * number + at + 1)))
+            assert run("-b", job, "backup", "x").status == 0
+            contents.append(image.read_bytes())
+        made.append((job, contents))
+    command("sync", "-f", cow)
+    return made
+
+
+def physical(path) -> set[int]:
+    """The places of the file on the disk, by pages."""
+    with open(path, "rb") as file:
+        found = backy.places(file.fileno(), 0, SIZE)
+    return {at for _, first, length in found for at in range(first, first + length, 4096)}
+
+
+def test_all_revisions_come_along_so_that_space_is_free(histories, run):
+    def pages() -> int:
+        return len(
+            set().union(*(physical(job / one.id) for job, _ in histories for one in revisions(job)))
+        )
+
+    before = pages()
+    out = run("-b", histories[0][0], "dedup", histories[1][0]).out
+    assert "are now shared" in out
+    assert before - pages() > 7 * MiB // 4096
+    for job, contents in histories:
+        assert [(job / one.id).read_bytes() for one in revisions(job)] == contents
+        assert run("-b", job, "verify", "--all").status == 0
+    assert "0 Bytes are now shared" in run("-b", histories[0][0], "dedup", histories[1][0]).out
+
+
+def test_an_image_that_was_written_anew_gets_its_space_back_and_stays_in_one_piece(histories, run):
+    job, contents = histories[0]
+    (job / "config").write_text((job / "config").read_text().replace("}", ", rewrite-above: 1}"))
+    result = run("-b", job, "backup", "x")
+    assert "the image is written anew" in result.err
+    newest = revisions(job)[-1].id
+    places = physical(job / newest)
+    old = set().union(*(physical(job / one.id) for one in revisions(job)[:-1]))
+    assert not places & old
+    assert run("-b", job, "dedup").status == 0
+    assert physical(job / newest) == places, "it is the old ones that move"
+    now = set().union(*(physical(job / one.id) for one in revisions(job)[:-1]))
+    assert len(now - places) < 2 * MiB // 4096
+    assert [(job / one.id).read_bytes() for one in revisions(job)] == [*contents, contents[-1]]
