@@ -3270,11 +3270,22 @@ class Repository:
                     if not take_lock(fd):
                         raise Busy(f"{self.name}: {revision.id} is being read")
             self.revisions = [one for one in self.revisions if one.id != revision.id]
-            self.point_last()
-            dir_fd, name = self.dir_fd, revision.id
-            os.rename(f"{name}.rev", f"{name}.del", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-            sync(dir_fd)
-            self.bury(name)
+            try:
+                self.condemn(revision.id)
+            except OSError as e:
+                if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # no room in the directory for one more name: the one that can be spared goes first
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{revision.id}.sums", dir_fd=self.dir_fd)
+                self.condemn(revision.id)
+            self.bury(revision.id)
+
+    def condemn(self, name: str) -> None:
+        """Turn `last` away from a revision and put up its tombstone."""
+        self.point_last()
+        os.rename(f"{name}.rev", f"{name}.del", src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
+        sync(self.dir_fd)
 
     def bury(self, name: str) -> None:
         """Finish the removal of the revision whose tombstone is `{name}.del`."""

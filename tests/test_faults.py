@@ -291,6 +291,31 @@ def test_a_source_that_cannot_be_read_is_told_with_its_offset(cow, tmp_path, blo
     assert all(faults.files(job)[name] == data for name, data in before.items() if name != ".lock")
 
 
+def test_a_directory_without_room_for_one_more_name_lets_revisions_go(new_file_system):
+    """On a full XFS a small directory cannot grow by a block: the tombstone finds no room."""
+    system = new_file_system("xfs", 300 * MiB)
+    job, source = system.path / "job", system.top / "source"
+    source.touch()
+    assert faults.run("-b", job, "init", "file", source).status == 0
+    for number in range(3):
+        source.write_bytes(noise(MiB, number))
+        assert faults.run("-b", job, "backup", "daily").status == 0
+    names = 0
+    with open(system.path / "filler", "wb") as filler, contextlib.suppress(OSError):
+        for size in (MiB, 4 * KiB):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(filler.fileno(), filler.seek(0, 2), size)
+                    filler.seek(0, 2)
+        while True:  # until the directory's inode has no room either
+            os.link(job / "config", job / f"{names:03}")
+            names += 1
+    for number in ("1", "0"):  # the newest needs another `last`, which needs some room
+        done = faults.run("-b", job, "forget", "-r", number, "--force")
+        assert done.status == 0, done.said
+    assert len(list(job.glob("*.rev"))) == 2, "one revision and last.rev"
+
+
 def spoil(disk: Path, *texts: bytes) -> None:
     """Change these texts on the disk itself, below the file system."""
     data = disk.read_bytes()
