@@ -357,6 +357,42 @@ class Bench:
             return done.trace
 
 
+def first(top: Path) -> Bench:
+    """The first backup of all."""
+    return Bench(top, contents()[0])
+
+
+def second(top: Path) -> Bench:
+    """A third backup: two revisions are there, the source has changed and grown."""
+    return Bench(top, *contents())
+
+
+def threaded(top: Path) -> Bench:
+    """So large that several threads work on it."""
+    return Bench(top, *contents(12 * MiB + 123))
+
+
+def interrupted_before(top: Path) -> Bench:
+    """An earlier backup was killed when its image was written and not yet flushed."""
+    bench = second(top)
+    flush = max(one.number for one in bench.trace() if one.name == "fsync" and is_new(one, bench))
+    assert run("-b", bench.base, *bench.words, plan=Plan(flush, kill)).status < 0
+    return bench
+
+
+def is_new(call: Call, bench: Bench) -> bool:
+    """Whether the call is about an image that is just being made."""
+    return len(call.subject) == 22 and call.subject not in bench.ids
+
+
+def forgetting(top: Path) -> Bench:
+    """The newest of three revisions is to be deleted, so `last` must turn away from it."""
+    one, two, three = contents()
+    bench = Bench(top, one, two, three, three, words=("forget", "-r", "0", "--force"))
+    bench.mayfly = {bench.ids[-1]}
+    return bench
+
+
 def clone_directory(base: Path, place: Path) -> Path:
     place.mkdir(mode=0o700)
     for entry in os.scandir(base):

@@ -18,28 +18,23 @@ import pytest
 from conftest import PROGRAM, command, need, need_tool, shared_bytes
 from faults import (
     Bench,
-    Call,
-    MiB,
     Plan,
     contents,
+    first,
+    forgetting,
+    interrupted_before,
+    is_new,
     kill,
     points_of,
     sample,
+    second,
     spread,
     sweep,
     terminate,
+    threaded,
 )
 
 slow = pytest.mark.slow
-
-
-def second(top: Path) -> Bench:
-    """A third backup: two revisions are there, the source has changed and grown."""
-    return Bench(top, *contents())
-
-
-def first(top: Path) -> Bench:
-    return Bench(top, contents()[0])
 
 
 def by_digest(top: Path) -> Bench:
@@ -60,27 +55,6 @@ def damaged_parent(top: Path) -> Bench:
     return bench
 
 
-def interrupted_before(top: Path) -> Bench:
-    """An earlier backup was killed when its image was written and not yet flushed."""
-    bench = second(top)
-    flush = max(one.number for one in bench.trace() if one.name == "fsync" and is_new(one, bench))
-    assert faults.run("-b", bench.base, *bench.words, plan=Plan(flush, kill)).status < 0
-    return bench
-
-
-def is_new(call: Call, bench: Bench) -> bool:
-    """Whether the call is about an image that is just being made."""
-    return len(call.subject) == 22 and call.subject not in bench.ids
-
-
-def forgetting(top: Path) -> Bench:
-    """The newest of three revisions is to be deleted, so `last` must turn away from it."""
-    one, two, three = contents()
-    bench = Bench(top, one, two, three, three, words=("forget", "-r", "0", "--force"))
-    bench.mayfly = {bench.ids[-1]}
-    return bench
-
-
 def verifying(top: Path) -> Bench:
     bench = Bench(top, *contents(), words=("verify", "-r", "0"))
     bench.rewritten = {bench.ids[-1]}
@@ -89,11 +63,6 @@ def verifying(top: Path) -> Bench:
 
 def restoring(top: Path) -> Bench:
     return Bench(top, *contents(), words=("restore", "{target}"))
-
-
-def threaded(top: Path) -> Bench:
-    """So large that several threads work on it."""
-    return Bench(top, *contents(12 * MiB + 123))
 
 
 def after_restore(bench: Bench, job: Path, done: faults.Run):

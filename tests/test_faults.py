@@ -30,11 +30,14 @@ from faults import (
     fail,
     fall_short,
     flip,
+    forgetting,
     lie,
     out_of_memory,
     points_of,
     sample,
+    second,
     sweep,
+    threaded,
 )
 
 slow = pytest.mark.slow
@@ -71,7 +74,7 @@ def after_success(bench: Bench, job: Path, done: faults.Run):
 
 def test_a_flush_that_fails_once_is_the_end_of_the_revision(cow):
     """I2, I8, I11: each fsync, failing once with EIO; the next one would say that all is well."""
-    bench = Bench(cow, *contents())
+    bench = second(cow)
     flushes = points_of(bench.trace(), lambda call: call.name in FLUSHES)
     assert len(flushes) >= 6
     sweep(bench, fail(errno.EIO), flushes, after_failure)
@@ -81,7 +84,7 @@ def test_a_flush_that_fails_once_is_the_end_of_the_revision(cow):
 @pytest.mark.parametrize("code", ERRORS, ids=name_of)
 def test_an_error_at_any_call_is_coped_with_or_told_and_cleared_up(cow, code):
     """I1, I2, I4, I5, I6, I8, I11, I16, I26: any call fails once."""
-    bench = Bench(cow, *contents())
+    bench = second(cow)
     bench.rewritten = set(bench.ids)  # a parent that could not be read may be marked so
     points = points_of(bench.trace(), lambda call: can_fail(call, code))
     if "btrfs" in str(cow):
@@ -93,7 +96,7 @@ def test_an_error_at_any_call_is_coped_with_or_told_and_cleared_up(cow, code):
 @pytest.mark.parametrize("code", ERRORS, ids=name_of)
 def test_errors_at_all_calls_from_any_on_harm_nothing(cow, code):
     """I1, I2, I4, I5, I11, I16, I26: this call and all later ones fail."""
-    bench = Bench(cow, *contents())
+    bench = second(cow)
     bench.rewritten = set(bench.ids)  # a parent that could not be read may be marked so
     points = points_of(bench.trace(), lambda call: can_fail(call, code))
     sweep(bench, fail(code), sample(points, 40), after_lasting_failure, sticky=True)
@@ -102,7 +105,7 @@ def test_errors_at_all_calls_from_any_on_harm_nothing(cow, code):
 @slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=name_of)
 def test_an_error_in_one_of_several_threads_ends_them_all(cow, code):
-    bench = Bench(cow, *contents(12 * MiB + 123))
+    bench = threaded(cow)
     bench.rewritten = set(bench.ids)  # a parent that could not be read may be marked so
     points = points_of(bench.trace(), lambda call: can_fail(call, code) and is_transfer(call))
     sweep(bench, fail(code), sample(points, 15), after_failure)
@@ -115,16 +118,14 @@ def is_transfer(call: Call) -> bool:
 @slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=name_of)
 def test_an_error_while_forgetting_loses_only_what_was_to_go(cow, code):
-    one, two, three = contents()
-    bench = Bench(cow, one, two, three, three, words=("forget", "-r", "0", "--force"))
-    bench.mayfly = {bench.ids[-1]}
+    bench = forgetting(cow)
     points = points_of(bench.trace(), lambda call: can_fail(call, code))
     sweep(bench, fail(code), sample(points, 40), after_lasting_failure)
 
 
 @slow
 def test_no_memory_at_any_call_is_told_and_cleared_up(xfs):
-    bench = Bench(xfs, *contents())
+    bench = second(xfs)
     sweep(bench, out_of_memory, sample(points_of(bench.trace()), 60), after_failure)
 
 
@@ -134,7 +135,7 @@ def test_no_memory_at_any_call_is_told_and_cleared_up(xfs):
 @slow
 def test_a_short_write_is_taken_up_again(xfs):
     """I1, I8: the run succeeds as if nothing had been."""
-    bench = Bench(xfs, *contents())
+    bench = second(xfs)
     points = points_of(bench.trace(), lambda call: call.name == "pwrite")
     assert len(points) >= 5
     sweep(bench, fall_short, points, after_success)
@@ -143,7 +144,7 @@ def test_a_short_write_is_taken_up_again(xfs):
 @slow
 def test_a_short_read_is_taken_up_again_or_told(xfs):
     """I1, I8, I26: images are read on; a small file that comes back cut is an error."""
-    bench = Bench(xfs, *contents())
+    bench = second(xfs)
     trace = bench.trace()
     sweep(bench, fall_short, points_of(trace, lambda call: call.name == "preadv"), after_success)
     small = points_of(trace, lambda call: call.name in ("read", "pread"))
@@ -178,7 +179,7 @@ def test_a_bit_that_flips_on_its_way_from_the_store_does_no_harm(xfs, mode):
 @slow
 def test_a_bit_flip_in_metadata_on_the_disk_deletes_nothing(xfs):
     """I15: whatever the damaged `.rev` seems to say now, its image stays."""
-    bench = Bench(xfs, *contents())
+    bench = second(xfs)
     (name,) = bench.ids[-1:]
     data = bench.known[f"{name}.rev"]
     looks_incomplete = []
@@ -209,7 +210,7 @@ def test_a_bit_flip_in_metadata_on_the_disk_deletes_nothing(xfs):
 )
 def test_a_fault_finds_out(xfs, mutant, fault, names):
     """What is claimed above can fail: with a step too many or too few, it does."""
-    bench = Bench(xfs, *contents())
+    bench = second(xfs)
     points = points_of(bench.trace(), lambda call: call.name in names)
     assert faults.found(bench, fault, points, after_failure, mutate=mutant)
 

@@ -23,7 +23,20 @@ import faults
 import mutants
 import pytest
 from conftest import FileSystem
-from faults import Bench, Call, MiB, Plan, Run, complete, contents, kill, points_of
+from faults import (
+    Bench,
+    Call,
+    MiB,
+    Plan,
+    Run,
+    complete,
+    first,
+    forgetting,
+    interrupted_before,
+    kill,
+    points_of,
+    second,
+)
 
 import backy
 
@@ -92,36 +105,8 @@ def system(request, new_file_system, xfs):
     return new_file_system(request.param, SIZES[request.param], where=xfs)
 
 
-def second(top: Path) -> Bench:
-    return Bench(top, *contents())
-
-
-def first(top: Path) -> Bench:
-    return Bench(top, contents()[0])
-
-
-def forgetting(top: Path) -> Bench:
-    one, two, three = contents()
-    bench = Bench(top, one, two, three, three, words=("forget", "-r", "0", "--force"))
-    bench.mayfly = {bench.ids[-1]}
-    return bench
-
-
-def resuming(top: Path) -> Bench:
-    """An earlier backup was killed when its image was written and not yet flushed."""
-    bench = second(top)
-    flush = max(one.number for one in bench.trace() if one.name == "fsync" and is_new(one, bench))
-    assert faults.run("-b", bench.base, *bench.words, plan=Plan(flush, kill)).status < 0
-    return bench
-
-
-def is_new(call: Call, bench: Bench) -> bool:
-    """Whether the call is about an image that is just being made."""
-    return len(call.subject) == 22 and call.subject not in bench.ids
-
-
 @slow
-@pytest.mark.parametrize("make", [second, first, resuming, forgetting])
+@pytest.mark.parametrize("make", [second, first, interrupted_before, forgetting])
 def test_a_power_cut_at_any_change_loses_nothing(system, make):
     """I1, I2, I3, I4, I5, I6, on the disk as it stands at that moment."""
     bench, frozen, started = make(system.path), Frozen(system), time.monotonic()
@@ -169,7 +154,7 @@ def test_after_status_0_a_power_cut_loses_nothing(new_file_system):
 
 
 @slow
-@pytest.mark.parametrize("make", [second, first, resuming])
+@pytest.mark.parametrize("make", [second, first, interrupted_before])
 def test_when_xfs_goes_down_at_any_change_nothing_is_lost(new_file_system, make):
     """I1, I2, I3, I4, I5, I6, with all lost that was not flushed."""
     system = new_file_system("xfs", SIZES["xfs"])
