@@ -7,7 +7,6 @@ What the host cannot give is skipped with its reason; with CI set it is a failur
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pty
 import random
@@ -208,6 +207,7 @@ def run(capfd):
     handlers = [signal.getsignal(number) for number in numbers]
 
     def call(*words: object) -> Result:
+        stop_log()
         capfd.readouterr()
         try:
             status = backy.main([str(word) for word in words])
@@ -220,7 +220,14 @@ def run(capfd):
     os.umask(umask)
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
-    logging.getLogger("backy").handlers.clear()
+    stop_log()
+
+
+def stop_log() -> None:
+    """Close what backy has logged to; on a full disk a file fails at that once more."""
+    while backy.log.handlers:
+        with contextlib.suppress(OSError):
+            backy.log.handlers.pop().close()
 
 
 def backy_process(*words: object, python: str = sys.executable, **options):

@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from conftest import backy_process
+from conftest import backy_process, stop_log
 
 import backy
 
@@ -16,7 +16,7 @@ import backy
 @pytest.fixture
 def log():
     yield backy.log
-    backy.log.handlers.clear()
+    stop_log()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAM, MiB, noise, write_image
+from conftest import PROGRAM, MiB, noise, stop_log, write_image
 
 import backy
 
@@ -52,7 +52,7 @@ def test_without_a_terminal_there_is_one_line_a_minute_and_only_with_v(clock, ca
         lines = capfd.readouterr().err.splitlines()
         assert len(lines) == (2 if verbose else 0)
         assert all(line.startswith("vm  0 Bytes of 100.00 MiB") for line in lines)
-    backy.log.handlers.clear()
+    stop_log()
 
 
 def test_on_a_terminal_one_line_is_drawn_over_and_goes_at_the_end(plain_job, run):
