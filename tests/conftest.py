@@ -7,6 +7,7 @@ What the host cannot give is skipped with its reason; with CI set it is a failur
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pty
 import random
@@ -24,6 +25,9 @@ import backy
 
 PROGRAM = Path(backy.__file__).resolve()
 MiB = 1024 * 1024
+
+# argparse looks for translations on the disk for each word that it might say
+os.environ["LANGUAGE"] = "C"
 
 
 def need(condition: object, reason: str) -> None:
@@ -256,6 +260,7 @@ def on_terminal(*words: object, typed: str = "", streams=("stdin", "stderr")):
 # -- images -------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=32)
 def noise(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).getrandbits(8 * size).to_bytes(size, "little") if size else b""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
 import json
 import os
 import re
@@ -266,6 +267,7 @@ def test_manual_names_the_keys_of_rev_files():
     assert set(backy.REVISION_KEYS) <= words
 
 
+@functools.lru_cache(maxsize=None)
 def texts_of_program() -> list[str]:
     """All texts in the program; what is filled in is a blank, as in the messages below."""
     texts = [os.strerror(errno.ENOSPC), os.strerror(errno.EOPNOTSUPP)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 
@@ -10,6 +11,16 @@ import pytest
 from conftest import PROGRAM, MiB, backy_process, need, need_root, need_tool
 
 import backy
+
+
+@pytest.fixture(autouse=True)
+def small_disk(monkeypatch):
+    """Half as large, of bytes that are made once; as a process of its own it is as it is."""
+    monkeypatch.setattr(backy.Selftest, "SIZE", 32 * MiB)
+    monkeypatch.setattr(backy, "selftest_noise", NOISE)
+
+
+NOISE = functools.lru_cache(maxsize=None)(backy.selftest_noise)
 
 
 def test_it_proves_the_main_job_and_leaves_nothing(cow, run):
