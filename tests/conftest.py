@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import marshal
 import os
 import pty
 import random
@@ -25,6 +27,19 @@ import backy
 
 PROGRAM = Path(backy.__file__).resolve()
 MiB = 1024 * 1024
+
+# Python compiles a program anew at each start, which takes longer than most that is tested
+# here.  So it is compiled once; that it starts as it is handed out is for test_packaging.py.
+PLACE = Path(tempfile.mkdtemp(prefix="backy-test-program-"))
+COMPILED = PLACE / "backy.pyc"
+COMPILED.write_bytes(
+    importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(backy.__loader__.get_code("backy"))
+)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(PLACE, ignore_errors=True)
+
 
 # argparse looks for translations on the disk for each word that it might say
 os.environ["LANGUAGE"] = "C"
@@ -234,10 +249,11 @@ def stop_log() -> None:
             backy.log.handlers.pop().close()
 
 
-def backy_process(*words: object, python: str = sys.executable, **options):
+def backy_process(*words: object, **options):
     """Run backy as a process of its own; its CompletedProcess, with text unless told otherwise."""
     options = {"capture_output": True, "text": True, **options}
-    return subprocess.run([python, str(PROGRAM), *map(str, words)], check=False, **options)
+    command = [sys.executable, str(COMPILED), *map(str, words)]
+    return subprocess.run(command, check=False, **options)
 
 
 def on_terminal(*words: object, typed: str = "", streams=("stdin", "stderr")):
@@ -245,7 +261,7 @@ def on_terminal(*words: object, typed: str = "", streams=("stdin", "stderr")):
     ours, theirs = pty.openpty()
     given = {name: subprocess.PIPE for name in ("stdout", "stderr")}
     given.update({name: theirs for name in streams})
-    process = subprocess.Popen([sys.executable, str(PROGRAM), *map(str, words)], **given)
+    process = subprocess.Popen([sys.executable, str(COMPILED), *map(str, words)], **given)
     os.close(theirs)
     os.write(ours, typed.encode())
     seen = b""

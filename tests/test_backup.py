@@ -12,7 +12,7 @@ import time
 
 import pytest
 from conftest import (
-    PROGRAM,
+    COMPILED,
     MiB,
     allocated_bytes,
     command,
@@ -767,7 +767,7 @@ def test_a_backup_leaves_the_page_cache_as_it_was(cached_and_source, run, tmp_pa
 @pytest.mark.slow
 def test_a_backup_takes_little_of_the_page_cache_at_any_time(cached_and_source):
     _, source, job = cached_and_source
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "backup", "daily"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "backup", "daily"]
     most = 0
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:

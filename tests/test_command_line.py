@@ -10,7 +10,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAM, backy_process, command, contents, on_terminal, plant, revisions
+from conftest import (
+    COMPILED,
+    PROGRAM,
+    backy_process,
+    command,
+    contents,
+    on_terminal,
+    plant,
+    revisions,
+)
 
 import backy
 
@@ -647,7 +656,7 @@ def test_a_working_directory_that_was_deleted_is_no_traceback(tmp_path, run, mon
 def test_a_signal_ends_a_restore_with_its_status(plain_job, source, run, number):
     job = plain_job
     assert run("-b", job, "backup", "daily").status == 0
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "restore", "-"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "restore", "-"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)  # the pipe is full soon, and it waits
         process.send_signal(number)
@@ -662,7 +671,7 @@ def test_a_signal_ends_a_restore_with_its_status(plain_job, source, run, number)
 def test_sighup_that_was_ignored_stays_ignored(plain_job, run):
     job = plain_job
     assert run("-b", job, "backup", "daily").status == 0
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "restore", "-"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "restore", "-"]
     ignore = [sys.executable, "-c", "import os, signal, sys\n"]
     ignore[-1] += (
         "signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
@@ -682,7 +691,7 @@ def test_closed_descriptors_do_not_become_files_of_ours(job, source):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     words = ["-b", str(job), "backup", "daily"]
-    done = subprocess.run([sys.executable, "-c", script, str(PROGRAM), *words], check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(COMPILED), *words], check=False)
     assert done.returncode == 0
     (one,) = revisions(job)
     assert (job / one.id).read_bytes() == source.read_bytes()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROGRAM, need_root, write_image
+from conftest import COMPILED, PROGRAM, need_root, write_image
 
 import backy
 
@@ -995,7 +995,7 @@ def test_the_example_is_a_working_minimum(conf, run):
 def test_the_program_runs_from_elsewhere_with_a_relative_path(conf, tmp_path):
     conf("jobs: {}\n")
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "-c", "backy.conf", "config", "check"],
+        [sys.executable, str(COMPILED), "-c", "backy.conf", "config", "check"],
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from pathlib import Path
 import faults
 import mutants
 import pytest
-from conftest import PROGRAM, command, need, need_tool, shared_bytes
+from conftest import COMPILED, command, need, need_tool, shared_bytes
 from faults import (
     Bench,
     Plan,
@@ -245,7 +245,7 @@ SYSTEM_CALLS = (
 def strace(job: Path, log: Path, *options: str) -> int:
     """Run a backup as a process of its own under strace; its status."""
     words = ["strace", "-f", "-qq", "-o", log, "-e", "signal=none", *options]
-    words += [sys.executable, "-B", PROGRAM, "-b", job, "backup", "daily"]
+    words += [sys.executable, COMPILED, "-b", job, "backup", "daily"]
     return subprocess.run(words, capture_output=True, check=False, timeout=60).returncode
 
 

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, MiB, need_tool, noise, write_image
+from conftest import COMPILED, PROGRAM, MiB, need_tool, noise, write_image
 
 import backy
 
@@ -108,7 +108,7 @@ def newcomer(tmp_path, cow):
         tmp_path / "images/vm1.img", (MiB, noise(2 * MiB, 1)), (9 * MiB, b"x"), size=64 * MiB
     )
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/backy").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PROGRAM}" "$@"\n')
+    (tmp_path / "bin/backy").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{COMPILED}" "$@"\n')
     shutil.copy(tmp_path / "bin/backy", tmp_path / "backy.py")
     for name in ("bin/backy", "backy.py"):
         (tmp_path / name).chmod(0o755)
@@ -414,7 +414,7 @@ def write_program(path: Path, text: str) -> Path:
 
 def test_plugin_understands_the_status_of_backy(tmp_path, source, run):
     job = tmp_path / "job"
-    program = write_program(tmp_path / "backy", f'exec "{sys.executable}" "{PROGRAM}" "$@"')
+    program = write_program(tmp_path / "backy", f'exec "{sys.executable}" "{COMPILED}" "$@"')
     assert run("-b", job, "init", "file", source).status == 0
     assert check_age(job, program=program) == (2, "CRITICAL: job has no good revision\n")
     assert run("-b", job, "backup", "daily").status == 0

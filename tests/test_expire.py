@@ -19,7 +19,16 @@ from pathlib import Path
 import faults
 import mutants
 import pytest
-from conftest import backy_process, contents, flip, need, need_root, revisions, write_image
+from conftest import (
+    COMPILED,
+    backy_process,
+    contents,
+    flip,
+    need,
+    need_root,
+    revisions,
+    write_image,
+)
 from faults import Bench, kill, points_of, sample, sweep
 
 import backy
@@ -638,7 +647,7 @@ def test_the_parent_of_a_running_backup_stays(aged, run, meanwhile):
 def test_expire_waits_for_who_changes_metadata(aged):
     fd = os.open(aged.path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    words = [sys.executable, backy.__file__, "-b", str(aged.path), "expire"]
+    words = [sys.executable, str(COMPILED), "-b", str(aged.path), "expire"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while str(os.stat(aged.path).st_ino) not in waiting_for_locks():

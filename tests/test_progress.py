@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAM, MiB, noise, stop_log, write_image
+from conftest import COMPILED, MiB, noise, stop_log, write_image
 
 import backy
 
@@ -59,7 +59,7 @@ def test_on_a_terminal_one_line_is_drawn_over_and_goes_at_the_end(plain_job, run
     assert run("-b", plain_job, "backup", "daily").status == 0
     ours, theirs = pty.openpty()
     slowly = ["sh", "-c", '"$@" | (head -c 1; sleep 0.5; cat) > /dev/null', "-"]
-    words = [*slowly, sys.executable, str(PROGRAM), "-b", str(plain_job), "restore", "-"]
+    words = [*slowly, sys.executable, str(COMPILED), "-b", str(plain_job), "restore", "-"]
     with subprocess.Popen(words, stderr=theirs) as process:
         os.close(theirs)
         seen = b""

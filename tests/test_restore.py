@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from conftest import (
-    PROGRAM,
+    COMPILED,
     MiB,
     allocated_bytes,
     backy_process,
@@ -415,7 +415,7 @@ def test_a_pipe_gets_zeros_where_the_image_has_holes(cow, run, tmp_path):
 
 def test_sigusr1_does_not_get_into_the_image(one_job, source):
     job = one_job
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "restore", "-"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "restore", "-"]
     for stderr in (subprocess.STDOUT, subprocess.PIPE):
         pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "bufsize": 0}
         with subprocess.Popen(words, **pipes) as process:
@@ -431,7 +431,7 @@ def test_sigusr1_does_not_get_into_the_image(one_job, source):
 def test_a_reader_that_has_enough_ends_it_quietly(one_job, source):
     job = one_job
     script = '"$@" restore - | head -c 1000; echo "${PIPESTATUS[0]}" >&2'
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "-l", "/dev/null"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "-l", "/dev/null"]
     done = subprocess.run(["bash", "-c", script, "-", *words], capture_output=True, check=True)
     assert done.stdout == source.read_bytes()[:1000]
     assert done.stderr == b"141\n"
@@ -448,7 +448,7 @@ def test_a_full_disk_behind_the_pipe_is_an_error(one_job):
 
 
 def test_a_closed_standard_output_is_an_error(one_job):
-    words = [sys.executable, str(PROGRAM), "-b", str(one_job), "restore", "-"]
+    words = [sys.executable, str(COMPILED), "-b", str(one_job), "restore", "-"]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "-", *words], capture_output=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(b"backy: ")
@@ -543,7 +543,7 @@ def test_an_incomplete_revision_is_restored_by_its_full_id_with_a_warning(job, r
 
 def test_a_revision_that_is_being_restored_cannot_be_forgotten(job, source, run):
     assert run("-b", job, "backup", "daily").status == 0
-    words = [sys.executable, str(PROGRAM), "-b", str(job), "restore", "-r", "1", "-"]
+    words = [sys.executable, str(COMPILED), "-b", str(job), "restore", "-r", "1", "-"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
     with subprocess.Popen(words, **pipes) as process:
         start = process.stdout.read(1)  # the pipe is full soon, and it waits

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROGRAM, MiB, contents, noise
+from conftest import COMPILED, PROGRAM, MiB, contents, noise
 
 import backy
 
@@ -31,7 +31,7 @@ DAILY = "{daily: {interval: 1d, keep: 3}}"
 # Replaces the gate at which the command line of a child is built.
 FAKE = """
 import sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {place!r})
 import backy
 backy.child_command = lambda directory, *words: [sys.executable, "-c", {child!r}, directory, *words]
 {more}
@@ -45,7 +45,7 @@ if words[0] == "backup":
     os.close(os.open(directory + "/begun", os.O_CREAT | os.O_WRONLY))
     while not os.path.exists(directory + "/go-on"):
         time.sleep(0.02)
-sys.exit(subprocess.call([sys.executable, "-I", {str(PROGRAM)!r}, "-b", directory, *words]))
+sys.exit(subprocess.call([sys.executable, "-I", {str(COMPILED)!r}, "-b", directory, *words]))
 """
 
 
@@ -88,10 +88,11 @@ class Daemon:
 
     def start(self, *words: object, fake: str = "", more: str = "", **options) -> None:
         self.configure()
-        program = [sys.executable, str(PROGRAM)]
+        program = [sys.executable, str(COMPILED)]
         if fake or more:
             child = fake or SLOW_CHILD
-            (self.top / "fake.py").write_text(FAKE.format(root=str(ROOT), child=child, more=more))
+            text = FAKE.format(place=str(COMPILED.parent), child=child, more=more)
+            (self.top / "fake.py").write_text(text)
             program = [sys.executable, str(self.top / "fake.py")]
         command = [*(words or program), "scheduler", "-c", str(self.config)]
         self.lines = []
@@ -289,7 +290,7 @@ def test_a_second_scheduler_is_told_who_the_first_is(daemon):
     daemon.start()
     daemon.wait_for("scheduler started")
     second = subprocess.run(
-        [sys.executable, PROGRAM, "scheduler", "-c", daemon.config], capture_output=True, text=True
+        [sys.executable, COMPILED, "scheduler", "-c", daemon.config], capture_output=True, text=True
     )
     assert second.returncode == 1
     assert f"pid {daemon.process.pid}" in second.stderr
@@ -306,7 +307,7 @@ def test_what_cannot_work_ends_at_once_with_the_reason(daemon, break_it, words):
     daemon.configure()
     break_it(daemon)
     done = subprocess.run(
-        [sys.executable, PROGRAM, "scheduler", "-c", daemon.config], capture_output=True, text=True
+        [sys.executable, COMPILED, "scheduler", "-c", daemon.config], capture_output=True, text=True
     )
     assert done.returncode == 1
     assert words in done.stderr
@@ -844,7 +845,7 @@ def test_a_real_run_with_everything_killed_in_between(daemon):
         directory = daemon.base / name
         assert complete(directory), name
         verified = subprocess.run(
-            [sys.executable, PROGRAM, "-b", directory, "verify", "--all"], capture_output=True
+            [sys.executable, COMPILED, "-b", directory, "verify", "--all"], capture_output=True
         )
         assert verified.returncode == 0, (name, verified.stderr)
         check_retention(directory)
@@ -864,7 +865,7 @@ def check_retention(directory: Path) -> None:
     """One more backup and its expiry, by hand: then exactly what the schedule keeps is there."""
     for words in (["backup", "tick,tock"], ["expire"]):
         subprocess.run(
-            [sys.executable, PROGRAM, "-b", directory, *words], check=True, capture_output=True
+            [sys.executable, COMPILED, "-b", directory, *words], check=True, capture_output=True
         )
     now = datetime.now(backy.UTC)
     with backy.Repository.open(str(directory)) as repository:

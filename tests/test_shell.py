@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, need, need_tool
+from conftest import COMPILED, need, need_tool
 
 import backy
 
@@ -809,7 +809,7 @@ class Client:
         )
 
     def ask(self, *words: str, typed: str = "") -> tuple[int, str, str]:
-        command = [sys.executable, str(PROGRAM), "shell", "-c", str(self.conf), *words]
+        command = [sys.executable, str(COMPILED), "shell", "-c", str(self.conf), *words]
         paths = [self.conf.parent / name for name in ("stdin", "stdout", "stderr")]
         paths[0].write_text(typed)
         with open(paths[0]) as given, open(paths[1], "w") as out, open(paths[2], "w") as err:
@@ -938,7 +938,7 @@ def test_words_arrive_as_they_were_given(word):
 
 
 def test_client_on_a_terminal_has_a_prompt_and_history(serving, client, terminal):
-    words = f"{sys.executable} {PROGRAM} shell -c {client.conf}; echo status $?; sleep 60"
+    words = f"{sys.executable} {COMPILED} shell -c {client.conf}; echo status $?; sleep 60"
     screen = terminal(words)
     screen.until_prompt(1)
     screen.type("status", "Enter")

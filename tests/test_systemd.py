@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, command, need_root, need_tool, noise
+from conftest import COMPILED, PROGRAM, command, need_root, need_tool, noise
 
 import backy
 
@@ -61,7 +61,7 @@ def place(xfs):
 
 
 def start(place: Path, **environment: str) -> subprocess.Popen:
-    words = [sys.executable, PROGRAM, "scheduler", "-c", place / "backy.conf"]
+    words = [sys.executable, COMPILED, "scheduler", "-c", place / "backy.conf"]
     env = {**os.environ, **environment}
     return subprocess.Popen(words, env=env, stderr=open(place / "stderr", "wb"))
 
@@ -118,7 +118,7 @@ def test_lines_for_the_journal_have_a_priority_and_no_time(tmp_path):
         status = os.fstat(stream.fileno())
         for names in (f"{status.st_dev}:{status.st_ino}", "1:2"):
             subprocess.run(
-                [sys.executable, PROGRAM, "-b", tmp_path / "none", "status"],
+                [sys.executable, COMPILED, "-b", tmp_path / "none", "status"],
                 env={**os.environ, "JOURNAL_STREAM": names}, stderr=stream, check=False,
             )  # fmt: skip
     first, second = path.read_text().splitlines()
