@@ -722,10 +722,13 @@ def test_a_source_that_was_not_cached_is_not_cached_afterwards(new_file_system, 
         make_quietly(run, job)
         assert resident(source) < 2 * MiB
         assert resident(job / revisions(job)[-1].id) < 2 * MiB
-    source.read_bytes()
-    make_quietly(run, job)
-    assert resident(source) == 16 * MiB
-    assert resident(job / revisions(job)[-1].id) < 2 * MiB
+    left = []
+    while 16 * MiB not in left:  # others may empty the cache meanwhile, but not each time
+        assert len(left) < 4, left
+        source.read_bytes()
+        make_quietly(run, job)
+        left.append(resident(source))
+        assert resident(job / revisions(job)[-1].id) < 2 * MiB
 
 
 def make_quietly(run, job):
