@@ -1179,7 +1179,6 @@ def format_yaml(value: object, flow: bool = False) -> str:
 # table.  One table serves the parser, `config show`, the example and the manual.
 # What is wrong is gathered with its place, so that one run names all of it.
 
-NULLS = ("", "~", "null")  # a plain value that says nothing
 LONGEST_EXCERPT = 120  # characters of a line that are shown
 # What stands behind a key that names a secret, as far as it is on the same line.
 SECRET = Regex("token|secret|passw|credential", re.IGNORECASE)
@@ -1389,7 +1388,7 @@ class Value:
 
 
 def is_null(node: Node) -> bool:
-    return isinstance(node, Scalar) and node.plain and node.text in NULLS
+    return isinstance(node, Scalar) and node.plain and node.text in PLAIN_NULL
 
 
 def describe_node(node: Node, is_secret: bool = False) -> str:
@@ -9241,7 +9240,7 @@ def plain_values(node: Node) -> Any:
         return {key: plain_values(value) for key, (_, value) in node.entries.items()}
     if isinstance(node, Sequence):
         return [plain_values(one) for one in node.items]
-    return None if node.plain and node.text in PLAIN_NULL else node.text
+    return None if is_null(node) else node.text
 
 
 def parse_status_line(line: str) -> dict[str, Any] | None:

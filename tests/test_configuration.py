@@ -232,6 +232,17 @@ def test_what_programs_dump_means_the_same(conf, tmp_path, dump):
     assert (settings.telnet_addrs, settings.telnet_control) == (("::1",), True)
 
 
+@pytest.mark.parametrize("null", sorted(backy.PLAIN_NULL))
+def test_nothing_is_spelled_as_yaml_does(conf, null):
+    path = conf(
+        f"global: {null}\ninclude: {null}\nschedules: {{s: {{d: {{interval: 1d, keep: 1}}}}}}\n"
+        f"jobs: {{a: {{schedule: s, source: {{type: file, filename: /x}}, max-runtime: {null}}}}}\n"
+    )
+    settings = backy.load_settings(str(path))
+    assert settings.base_dir == "/srv/backy"
+    assert settings.jobs["a"].max_runtime == timedelta(days=3)
+
+
 def test_anchors_and_notes_may_stand_at_the_top(conf):
     path = conf("x-daily: &daily {interval: 1d, keep: 3}\nx-note: [1, {a: b}]\n"
                 f"schedules: {{s: {{daily: *daily}}}}\njobs: {{{good_job()}}}\n")  # fmt: skip
