@@ -6119,6 +6119,7 @@ class Selftest:
 DEFAULT_CONFIG = "/etc/backy.conf"
 LEAST_RUNTIME = timedelta(hours=6)
 MOST_REMARKS = 1000  # that are printed
+FSTAB = "/etc/fstab"
 MOST_NAMES = 50  # schedules that a message lists
 JOB_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 JOB_NAME_HINT = (
@@ -6542,6 +6543,24 @@ def secrets_in(root: Node) -> Iterator[Scalar]:
                     yield value
 
 
+def unmounted_above(directory: str) -> str:
+    """The place of the directory where a file system ought to be mounted and is not, or nothing."""
+    path, above = os.path.realpath(directory), []
+    while path != "/":
+        above.append(path)
+        path = os.path.dirname(path)
+    with suppress(OSError), open(FSTAB, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            words = line.split()
+            if len(words) < 3 or words[0].startswith("#"):
+                continue
+            place = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[1])
+            place = os.path.normpath(place)
+            if place in above and not os.path.ismount(place):
+                return place
+    return ""
+
+
 def is_job_directory(path: str) -> bool:
     with suppress(OSError):
         return any(name == "config" or name.endswith(".rev") for name in os.listdir(path))
@@ -6595,6 +6614,10 @@ class Examination:
     def base_directory(self) -> None:
         base, status_file = self.settings.base_dir, self.settings.status_file
         shown = printable(base)
+        place = unmounted_above(base)
+        if place:
+            text = f"{printable(place)} is in /etc/fstab and not mounted"
+            self.warn_at("base-dir", f"base-dir is on another disk than it seems: {text}")
         try:
             if not stat.S_ISDIR(os.stat(base).st_mode):
                 self.warn_at("base-dir", f"base-dir {shown} is not a directory")
@@ -8595,6 +8618,9 @@ class Scheduler(ShellHost):
         self.configure(now)
         self.adopt_children()
         self.open_shell()
+        place = unmounted_above(self.settings.base_dir)
+        if place:
+            log.warning("%s is in /etc/fstab and not mounted", printable(place))
         log.info("scheduler started: %s", count_of(len(self.timetable.jobs), "job"))
         self.loop.call_in(SETTLING, self.settle)
         self.keep_alive()

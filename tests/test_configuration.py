@@ -775,6 +775,34 @@ def test_a_missing_base_directory_is_noticed(clean, run):
     assert "global: base-dir /dev/null is not a directory" in warnings(run, path)
 
 
+def test_a_base_directory_whose_file_system_is_not_mounted_is_noticed(
+    clean, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(backy, "FSTAB", str(tmp_path / "fstab"))
+    path, base = clean
+    silent = [f"#/dev/sdb1 {base} xfs", "/dev/sda1 / ext4", "/dev/sda2 none swap sw 0 0", "", "x"]
+    silent += ["proc /proc proc defaults", f"/dev/sdc1 {base}2 xfs defaults 0 0"]
+    (tmp_path / "fstab").write_text("\n".join(silent))
+    assert "fstab" not in run("check-config", "-c", path).err
+    for place in (base, f"{base}/", f"{base}/."):
+        (tmp_path / "fstab").write_text("\n".join([*silent, f"/dev/sdb1 {place} xfs noauto 0 0"]))
+        assert [
+            f"{base} is in /etc/fstab and not mounted" in one for one in warnings(run, path)
+        ] == [True]
+
+
+def test_places_in_fstab_are_read_as_mount_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(backy, "FSTAB", str(tmp_path / "fstab"))
+    (tmp_path / "my disk").mkdir()
+    (tmp_path / "link").symlink_to("my disk")
+    (tmp_path / "fstab").write_text(f"LABEL=x\t{tmp_path}/my\\040disk\txfs\tdefaults\t0 0\n")
+    place = str(tmp_path / "my disk")
+    assert backy.unmounted_above(str(tmp_path / "link/vms")) == place
+    assert backy.unmounted_above(str(tmp_path)) == ""
+    (tmp_path / "fstab").unlink()
+    assert backy.unmounted_above(place) == ""
+
+
 def test_a_file_system_without_reflinks_is_noticed(clean, ext4, run):
     path, base = clean
     change(path, (f"base-dir: {base}", f"base-dir: {ext4}"))
