@@ -31,11 +31,11 @@ A chapter uses only what stands above it.  Chapters:
     Expire         why each revision is kept, and the removal of the others
     Selftest       the main job, shown in a temporary directory
     Configuration  backy.conf: every key with type, default and meaning
-    Plan           the coming runs, and what retention makes of them
     Loop           waiting for files, moments and signals at once
     Timetable      what is started when, and what waits for what
     Shell          telnet sessions that look at the jobs
     Scheduler      children, disks, signals and systemd: the daemon
+    Plan           the coming runs, and what retention makes of them
     Check          the status file, read for monitoring
     Command line   the commands, then main()
 """
@@ -6802,112 +6802,6 @@ class Overview:
         )
 
 
-# ==== Plan ===================================================================
-#
-# The coming runs of jobs, and which revisions these will leave, by the functions
-# that the scheduler and `expire` themselves use.  Every run is taken to be started
-# in time and to end well.
-
-SHOWN_RUNS = 100
-LISTED_RUNS = 10_000  # in JSON
-COUNTED_RUNS = 100_000
-SIMULATED_RUNS = 1_000_000
-
-
-class Run(NamedTuple):
-    """A coming backup, and why it is made then."""
-
-    moment: datetime
-    job: str
-    tags: tuple[str, ...]
-    reason: str
-
-
-def past_of(revisions: Iterable[Revision]) -> list[Past]:
-    """What the revisions say of a job's past; one without its image says nothing."""
-    usable = (one for one in revisions if one.is_complete and not one.problem)
-    return [Past(one.timestamp, one.tags, one.duration or 0.0) for one in usable]
-
-
-def remember(past: list[Past], run: Past, schedule: Schedule) -> list[Past]:
-    """`past` with `run`, and without what says nothing beside it: so it stays short."""
-    rest = set(schedule.tags).difference(run.tags)
-    return [*(one for one in past if not rest.isdisjoint(one.tags)), run]
-
-
-def explain_run(run: Run, schedule: Schedule) -> str:
-    """The reason of a run; of a regular time also its intervals, and where in them it lies."""
-    spread = spread_of(run.job, schedule)
-    moment, tags = next_time(schedule, spread, run.moment - MICROSECOND)
-    if moment != run.moment:
-        return run.reason
-    spans = [format_time_span(one.every) for one in schedule.intervals if one.tag in tags]
-    return f"{run.reason} (every {', '.join(spans)}; spread {format_clock(spread)})"
-
-
-def coming_runs(
-    job: str, schedule: Schedule, past: list[Past], now: datetime, until: datetime
-) -> Iterator[Run]:
-    """The runs of one job up to `until`, in order."""
-    spread = spread_of(job, schedule)
-    while True:
-        moment, tags, reason = next_run(schedule, spread, past, now)
-        if moment > until:
-            return
-        yield Run(moment, job, tags, reason)
-        past, now = remember(past, Past(moment, tags, 0.0), schedule), moment
-
-
-def coming_runs_of_all(
-    jobs: Iterable[tuple[JobSettings, list[Past]]], now: datetime, until: datetime
-) -> Iterator[Run]:
-    """The same of several jobs, in the order of time."""
-    runs = [coming_runs(job.name, job.schedule, past, now, until) for job, past in jobs]
-    return heapq.merge(*runs, key=lambda run: run.moment)
-
-
-class Simulation:
-    """The revisions of one job as its runs and the retention after each of them make them.
-
-    A tag that is over stays over, so it does not matter when that is looked at: here
-    whenever the number of revisions has doubled, which takes seconds where doing it
-    after every run would take an hour.
-    """
-
-    def __init__(self, job: str, schedule: Schedule, revisions: ListLike[Revision]) -> None:
-        self.job, self.schedule = job, schedule
-        self.revisions = [one for one in revisions if one.is_complete]
-        self.runs = 0
-        self.enough = 0
-
-    def run(self, now: datetime, until: datetime) -> list[Verdict]:
-        """Let time pass; the verdicts on what is there at the end."""
-        past, judged_at = past_of(self.revisions), now
-        for run in coming_runs(self.job, self.schedule, past, now, until):
-            self.runs += 1
-            self.revisions.append(self.made_by(run))
-            judged_at = run.moment
-            if len(self.revisions) > self.enough:
-                self.expire(judged_at)
-        self.expire(judged_at)
-        return judge_revisions(self.revisions, self.schedule, judged_at)
-
-    def made_by(self, run: Run) -> Revision:
-        newest = self.revisions[-1].clock + 1 if self.revisions else 0
-        clock = max(newest, epoch_microseconds(run.moment))
-        return Revision("", run.moment, clock, tuple(sorted(run.tags)), duration=0.0)
-
-    def expire(self, now: datetime) -> None:
-        verdicts = judge_revisions(self.revisions, self.schedule, now)
-        self.revisions = [replace(one.revision, tags=one.tags) for one in verdicts if one.keep]
-        self.enough = 2 * len(self.revisions) + 50
-
-
-def count_runs(schedule: Schedule, span: timedelta) -> int:
-    """How many runs there are in `span` at most."""
-    return sum(span // one.every + 2 for one in schedule.intervals)
-
-
 # ==== Loop ===================================================================
 #
 # One thread that waits for files, for moments and for signals, all at once.  What
@@ -8445,9 +8339,9 @@ def load_memory(base_fd: int) -> object:
     try:
         return json.loads(read_small(base_fd, MEMORY, STATE_LIMIT))["jobs"]
     except FileNotFoundError:
-        log.info("no %s yet: no failures are known, and all jobs are new", MEMORY)
+        log.debug("no %s yet: no failures are known, and all jobs are new", MEMORY)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        log.warning("cannot read %s, failures are forgotten: %s", MEMORY, printable(e))
+        log.warning("cannot read %s, failures are not known: %s", MEMORY, printable(e))
     return {}
 
 
@@ -9196,6 +9090,155 @@ class Scheduler(ShellHost):
             "stuck": job.state is State.STUCK,
             "problem": "; ".join(filter(None, problems)) or "-",
         }
+
+
+# ==== Plan ===================================================================
+#
+# The coming runs of jobs, and which revisions these will leave, by the functions
+# that the scheduler and `expire` themselves use, and from what the scheduler has
+# written down.  Every run is taken to be started in time and to end well.
+
+SHOWN_RUNS = 100
+LISTED_RUNS = 10_000  # in JSON
+COUNTED_RUNS = 100_000
+SIMULATED_RUNS = 1_000_000
+
+
+class Run(NamedTuple):
+    """A coming backup, and why it is made then."""
+
+    moment: datetime
+    job: str
+    tags: tuple[str, ...]
+    reason: str
+
+
+def past_of(revisions: Iterable[Revision]) -> list[Past]:
+    """What the revisions say of a job's past; one without its image says nothing."""
+    usable = (one for one in revisions if one.is_complete and not one.problem)
+    return [Past(one.timestamp, one.tags, one.duration or 0.0) for one in usable]
+
+
+def remember(past: list[Past], run: Past, schedule: Schedule) -> list[Past]:
+    """`past` with `run`, and without what says nothing beside it: so it stays short."""
+    rest = set(schedule.tags).difference(run.tags)
+    return [*(one for one in past if not rest.isdisjoint(one.tags)), run]
+
+
+def explain_run(run: Run, schedule: Schedule) -> str:
+    """The reason of a run; of a regular time also its intervals, and where in them it lies."""
+    spread = spread_of(run.job, schedule)
+    moment, tags = next_time(schedule, spread, run.moment - MICROSECOND)
+    if moment != run.moment:
+        return run.reason
+    spans = [format_time_span(one.every) for one in schedule.intervals if one.tag in tags]
+    return f"{run.reason} (every {', '.join(spans)}; spread {format_clock(spread)})"
+
+
+def load_remembered(base_dir: str) -> dict[str, Any]:
+    """What the scheduler has written down of each job; nothing if there was none yet."""
+    try:
+        base_fd = os.open(base_dir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return {}
+    try:
+        kept = load_memory(base_fd)
+        return kept if isinstance(kept, dict) else {}
+    finally:
+        close(base_fd)
+
+
+def first_run(job: JobSettings, past: list[Past], kept: Any, now: datetime) -> Run:
+    """The next run, by what the scheduler has kept: failures, and when it saw the job first."""
+    timed = TimedJob(job.name, job.schedule, now)
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
+        timed.recall(kept, now)
+    timed.past = newest_of_each(timed.schedule_tags, past)
+    timed.reckon(now)
+    reason = timed.reason
+    if timed.failures and timed.due == timed.not_before:
+        reason += f"; {count_of(timed.failures, 'failure')} in a row"
+    return Run(timed.due, job.name, timed.tags, reason)
+
+
+def coming_runs(
+    job: str,
+    schedule: Schedule,
+    past: list[Past],
+    now: datetime,
+    until: datetime,
+    first: Run | None = None,
+) -> Iterator[Run]:
+    """The runs of one job up to `until`, in order, beginning with `first` if that is known."""
+    spread = spread_of(job, schedule)
+    while True:
+        if first is None:
+            moment, tags, reason = next_run(schedule, spread, past, now)
+            first = Run(moment, job, tags, reason)
+        if first.moment > until:
+            return
+        yield first
+        now = first.moment
+        past, first = remember(past, Past(now, first.tags, 0.0), schedule), None
+
+
+def coming_runs_of_all(
+    jobs: Iterable[tuple[JobSettings, list[Past]]],
+    remembered: dict[str, Any],
+    now: datetime,
+    until: datetime,
+) -> Iterator[Run]:
+    """The same of several jobs, in the order of time."""
+    runs = [
+        coming_runs(
+            *(job.name, job.schedule, past, now, until),
+            first_run(job, past, remembered.get(job.name), now),
+        )
+        for job, past in jobs
+    ]
+    return heapq.merge(*runs, key=lambda run: run.moment)
+
+
+class Simulation:
+    """The revisions of one job as its runs and the retention after each of them make them.
+
+    A tag that is over stays over, so it does not matter when that is looked at: here
+    whenever the number of revisions has doubled, which takes seconds where doing it
+    after every run would take an hour.
+    """
+
+    def __init__(self, job: str, schedule: Schedule, revisions: ListLike[Revision]) -> None:
+        self.job, self.schedule = job, schedule
+        self.revisions = [one for one in revisions if one.is_complete]
+        self.runs = 0
+        self.enough = 0
+
+    def run(self, now: datetime, until: datetime) -> list[Verdict]:
+        """Let time pass; the verdicts on what is there at the end."""
+        past, judged_at = past_of(self.revisions), now
+        for run in coming_runs(self.job, self.schedule, past, now, until):
+            self.runs += 1
+            self.revisions.append(self.made_by(run))
+            judged_at = run.moment
+            if len(self.revisions) > self.enough:
+                self.expire(judged_at)
+        self.expire(judged_at)
+        return judge_revisions(self.revisions, self.schedule, judged_at)
+
+    def made_by(self, run: Run) -> Revision:
+        newest = self.revisions[-1].clock + 1 if self.revisions else 0
+        clock = max(newest, epoch_microseconds(run.moment))
+        return Revision("", run.moment, clock, tuple(sorted(run.tags)), duration=0.0)
+
+    def expire(self, now: datetime) -> None:
+        verdicts = judge_revisions(self.revisions, self.schedule, now)
+        self.revisions = [replace(one.revision, tags=one.tags) for one in verdicts if one.keep]
+        self.enough = 2 * len(self.revisions) + 50
+
+
+def count_runs(schedule: Schedule, span: timedelta) -> int:
+    """How many runs there are in `span` at most."""
+    return sum(span // one.every + 2 for one in schedule.intervals)
 
 
 # ==== Check ==================================================================
@@ -10441,7 +10484,8 @@ def plan_runs(settings: Settings, args: argparse.Namespace) -> int:
     loaded = [(job, load_revisions(job, settings.base_dir, failures)) for job in jobs]
     past = [(job, past_of(found)) for job, found in loaded if found is not None]
     now = datetime.now(UTC)
-    runs = coming_runs_of_all(past, now, now + args.days)
+    remembered = load_remembered(settings.base_dir)
+    runs = coming_runs_of_all(past, remembered, now, now + args.days)
     shown = list(itertools.islice(runs, LISTED_RUNS if args.json else SHOWN_RUNS))
     more = sum(1 for _ in itertools.islice(runs, COUNTED_RUNS + 1))
     words = [explain_run(run, known[run.job]) for run in shown]

@@ -107,7 +107,7 @@ def test_leaving_out_what_says_nothing_changes_no_run():
 
 def test_the_runs_of_several_jobs_are_in_the_order_of_time():
     jobs = [JobSettings(f"vm{number}", THREE, {}, DAY, "") for number in range(20)]
-    runs = list(coming_runs_of_all([(job, []) for job in jobs], NOW, NOW + 3 * DAY))
+    runs = list(coming_runs_of_all([(job, []) for job in jobs], {}, NOW, NOW + 3 * DAY))
     assert [run.moment for run in runs] == sorted(run.moment for run in runs)
     assert {run.job for run in runs} == {job.name for job in jobs} and len(runs) == 60
 
@@ -225,6 +225,49 @@ def test_plan_in_json(conf, run, tmp_path):
     assert len(result["runs"]) in (7 + 7 * 144, 7 + 7 * 144 + 1, 7 + 7 * 144 + 2)
     assert set(result["runs"][0]) == {"time", "job", "tags", "reason"}
     assert result["runs"][0]["reason"].startswith("regular time of often; never backed up before")
+
+
+def remember(base: Path, **jobs: dict) -> None:
+    base.mkdir(exist_ok=True)
+    (base / ".scheduler").write_text(json.dumps({"version": 1, "jobs": jobs}))
+
+
+def test_plan_knows_the_failures_and_when_the_scheduler_first_saw_a_job(conf, run, tmp_path):
+    make_revision(tmp_path / "base/vm2", "aaa", 2 * HOUR, "daily, often")
+    now = datetime.now(timezone.utc)
+    wait = now + 47 * MINUTE
+    remember(
+        tmp_path / "base",
+        vm1={"first_seen": (now - 9 * DAY).isoformat()},
+        vm2={"first_seen": (now - 9 * DAY).isoformat(), "failures": 7, "last_error": "x",
+             "not_before": wait.isoformat()},
+    )  # fmt: skip
+    vm1, vm2 = (
+        table(run("plan", "-c", conf, "vm1").out)[1],
+        table(run("plan", "-c", conf, "vm2").out)[1],
+    )
+    assert vm1[1:] == ["vm1", "daily,weekly", "its first time has passed"]
+    assert abs(datetime.fromisoformat(vm1[0] + "+00:00") - now) < MINUTE
+    assert vm2 == [
+        backy.format_time(wait), "vm2", "often", "catching up: often missed; 7 failures in a row",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kept", [None, [], {"first_seen": 7}, {"first_seen": "x"}, {"failures": 2}]
+)
+def test_what_is_odd_in_the_memory_of_the_scheduler_changes_no_plan(conf, run, tmp_path, kept):
+    before = run("plan", "-c", conf, "vm1").out
+    remember(tmp_path / "base", vm1=kept)
+    assert run("plan", "-c", conf, "vm1").out == before
+
+
+def test_a_memory_that_cannot_be_read_is_a_warning(conf, run, tmp_path):
+    remember(tmp_path / "base")
+    (tmp_path / "base/.scheduler").write_text("{")
+    result = run("plan", "-c", conf, "vm1")
+    assert result.status == 0 and len(table(result.out)) == 8
+    assert "warning: cannot read .scheduler" in result.err and result.err.count("\n") == 1
 
 
 def test_plan_of_more_than_can_be_counted_says_so(conf, run, monkeypatch):
