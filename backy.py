@@ -45,6 +45,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import gc
 import hashlib
 import heapq
 import itertools
@@ -1601,13 +1602,17 @@ class Past:
 
 def spread_of(job: str, schedule: Schedule) -> int:
     """The second within the longest interval at which this job runs: the same on all hosts."""
+    return spread_within(schedule.longest // timedelta(seconds=1), job)
+
+
+@lru_cache(maxsize=1 << 16)
+def spread_within(seconds: int, job: str) -> int:
     import random
 
     options: dict[str, Any] = {}
     if sys.version_info >= (3, 9):  # hosts in FIPS mode have md5 only for what is no secret
         options["usedforsecurity"] = False
     digest = hashlib.md5(job.encode("utf-8", "surrogatepass"), **options)  # noqa: S324
-    seconds = schedule.longest // timedelta(seconds=1)
     return random.Random(int(digest.hexdigest(), 16)).randint(0, seconds)
 
 
@@ -6226,6 +6231,11 @@ class ConfigErrors(ConfigError):
         super().__init__("\n".join(lines))
 
 
+def usual_runtime(schedule: Schedule) -> timedelta:
+    """When a backup is taken for hung if that is not configured."""
+    return max(3 * schedule.shortest, LEAST_RUNTIME)
+
+
 class Entry(NamedTuple):
     """A schedule or job as it stands in a file."""
 
@@ -6438,7 +6448,7 @@ class Configuration:
         if not (schedule and source):
             return None
         if "max-runtime" not in values:
-            values["max-runtime"] = Value(max(3 * schedule.shortest, LEAST_RUNTIME))
+            values["max-runtime"] = Value(usual_runtime(schedule))
         self.jobs[name] = values
         return JobSettings(name, schedule, source, values["max-runtime"].value, entry.place)
 
@@ -6887,6 +6897,7 @@ FORGET_ABSENT = timedelta(days=30)  # of a job that has left the configuration
 LATE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
 BUSY_PAUSE = timedelta(seconds=30)  # before asking again whether somebody else is through
+UNKNOWN_SCHEDULE = Schedule("", (Interval("", timedelta(days=1), 0),))  # of a job that was removed
 
 
 class State(Enum):
@@ -7039,8 +7050,13 @@ class Timetable:
 
     # -- what is configured -----------------------------------------------------
 
-    def configure(self, schedules: dict[str, Schedule], limit: int, now: datetime) -> None:
-        """These jobs are configured now, and no others."""
+    def configure(self, schedules: dict[str, Schedule], limit: int, now: datetime) -> list[str]:
+        """These jobs are configured now, and no others.
+
+        The jobs that have another schedule now, whose names are returned, come to
+        nothing before reckon_anew() has placed them, which may take a while.
+        """
+        moved = []
         self.limit = limit
         for name in [name for name in self.jobs if name not in schedules]:
             job = self.jobs.pop(name)
@@ -7057,12 +7073,14 @@ class Timetable:
                 job.set_schedule(schedule)
                 if job.state is State.QUEUED:
                     job.state = State.WAITING
-                self.place(job, now)
+                job.ticket = 0
+                moved.append(name)
         self.jobs = {name: self.jobs[name] for name in schedules}
         for heap in (self.waiting, *self.queues.values()):
             heap[:] = [entry for entry in heap if self.is_valid(entry)]
             heapq.heapify(heap)
         self.count()
+        return moved
 
     def is_valid(self, entry: Any) -> bool:
         """Whether an entry of a heap still stands for its job."""
@@ -7136,9 +7154,9 @@ class Timetable:
         elif job.due and not job.is_active:
             heapq.heappush(self.waiting, (job.look_at(now), job.ticket, job))
 
-    def reckon_anew(self, now: datetime, names: Iterable[str] = ()) -> None:
+    def reckon_anew(self, now: datetime, names: Iterable[str] | None = None) -> None:
         """The clock was set: what the other clock said may be due far too late."""
-        for name in names or self.jobs:
+        for name in self.jobs if names is None else names:
             job = self.jobs.get(name)
             if job:
                 job.first_seen = min(job.first_seen, now)
@@ -7211,9 +7229,14 @@ class Timetable:
         return heapq.heappop(min(heads, key=lambda queue: queue[0][:3]))[3] if heads else None
 
     def adopt(self, name: str, started: datetime) -> bool:
-        """The job runs already: an earlier life of the scheduler has started it."""
-        job = self.jobs.get(name)
-        if job is None or job.is_active:
+        """The job runs already: an earlier life of the scheduler has started it.
+
+        It may be configured no more; False if another process of it was found before.
+        """
+        job = self.jobs.get(name) or self.leaving.get(name)
+        if job is None:
+            job = self.leaving[name] = TimedJob(name, UNKNOWN_SCHEDULE, started)
+        if job.is_active:
             return False
         self.queued -= job.state is State.QUEUED
         job.state, job.started, job.ticket = State.RUNNING, started, 0
@@ -7443,7 +7466,21 @@ class LineReader:
 
 
 # Commands: each yields its reply in pieces, so that a long one can be interrupted
-# by whatever else the loop has to do.  An empty piece is nothing but a pause.
+# by whatever else the loop has to do.  An empty piece is nothing but a pause, and an
+# Awaited one that lasts until the daemon knows something.
+
+
+class Awaited:
+    """What is not known yet; `tell` ends the waiting for it."""
+
+    def __init__(self) -> None:
+        self.value = ""
+        self.is_known = False
+        self.wake: Callable[[], None] = lambda: None
+
+    def tell(self, value: str) -> None:
+        self.value, self.is_known = value, True
+        self.wake()
 
 
 class ShellHost:
@@ -7461,8 +7498,8 @@ class ShellHost:
         """Let all jobs run now; their names."""
         raise NotImplementedError
 
-    def reload(self) -> str:
-        """Read the configuration again; what is wrong with it, or nothing."""
+    def reload(self, told: Callable[[str], None]) -> None:
+        """Read the configuration again, and tell what is wrong with it, or nothing."""
         raise NotImplementedError
 
 
@@ -7548,7 +7585,7 @@ class ShellCommands:
     def __init__(self, host: ShellHost, control: bool) -> None:
         self.host, self.control = host, control
 
-    def reply(self, words: list[str]) -> Iterator[str]:
+    def reply(self, words: list[str]) -> Iterator[str | Awaited]:
         """Raises BackyError, or whatever the daemon has for a bug."""
         name, *arguments = words
         if name not in SHELL_WORDS:
@@ -7614,13 +7651,15 @@ class ShellCommands:
             batch = names[at : at + SHELL_BATCH]
             yield "".join(f"Triggered immediate run for {printable(name)}\n" for name in batch)
 
-    def reload(self) -> Iterator[str]:
+    def reload(self) -> Iterator[str | Awaited]:
         yield "Triggering daemon reload.\n"
-        error = self.host.reload()
-        if not error:
+        error = Awaited()
+        self.host.reload(error.tell)
+        yield error
+        if not error.value:
             yield "Daemon configuration reloaded.\n"
             return
-        for line in error.strip().splitlines()[:100]:
+        for line in error.value.strip().splitlines()[:100]:
             yield f"Reload refused: {printable(line)[:500]}\n"
 
     def help(self) -> Iterator[str]:
@@ -7644,7 +7683,8 @@ class ShellSession:
         self.server, self.connection, self.peer = server, connection, peer
         self.reader = LineReader()
         self.asked: list[str | Key] = []
-        self.reply: Iterator[str] | None = None
+        self.reply: Iterator[str | Awaited] | None = None
+        self.awaited: Awaited | None = None  # what the reply cannot go on without
         self.unsent = bytearray()
         self.is_open, self.is_ending, self.has_asked = True, False, False
         self.opened = self.last_asked = self.last_sent = time.monotonic()
@@ -7683,8 +7723,7 @@ class ShellSession:
             found.append(Key.END)
         for one in found:
             if one in (Key.INTERRUPT, Key.STOP_OUTPUT):
-                self.asked.clear()
-                self.reply = None
+                self.drop()
             self.asked.append(one)
             if one is Key.END:
                 self.is_ending = True
@@ -7707,15 +7746,26 @@ class ShellSession:
         count = self.connection.send(memoryview(self.unsent)[:SHELL_WATERMARK].tobytes())
         del self.unsent[:count]
         self.last_sent = time.monotonic()
-        if self.is_ending and not self.unsent and not self.has_work:
+        if self.is_through:
             self.close()
         elif self.has_work:
             self.server.wake(self)
 
+    def drop(self) -> None:
+        """Nothing that was asked is to be answered any more."""
+        self.asked.clear()
+        self.reply = self.awaited = None
+
     @property
     def has_work(self) -> bool:
-        waits = self.asked or self.reply
-        return bool(self.is_open and waits and len(self.unsent) < SHELL_WATERMARK)
+        can_go_on = self.asked or self.reply
+        if self.awaited and not self.awaited.is_known:
+            can_go_on = False
+        return bool(self.is_open and can_go_on and len(self.unsent) < SHELL_WATERMARK)
+
+    @property
+    def is_through(self) -> bool:
+        return self.is_ending and not (self.unsent or self.asked or self.reply)
 
     def step(self) -> None:
         """Go on with the reply, or with the next line, for SHELL_SLICE."""
@@ -7726,13 +7776,16 @@ class ShellSession:
             piece = next(self.reply, None)
             if piece is None:
                 self.reply = None
+            elif isinstance(piece, Awaited):
+                self.awaited = piece
+                piece.wake = lambda: self.server.wake(self)
             elif piece:
                 self.write(piece)
-        if self.is_ending and not self.unsent and not self.has_work:
+        if self.is_through:
             self.close()
         self.watch()
 
-    def answer(self, asked: str | Key) -> Iterator[str]:
+    def answer(self, asked: str | Key) -> Iterator[str | Awaited]:
         """What one line or key leads to, with the next prompt."""
         if asked is Key.END:
             self.is_ending = True
@@ -7749,15 +7802,20 @@ class ShellSession:
         if not self.is_ending:
             yield self.PROMPT
 
-    def without_last_line_end(self, pieces: Iterator[str]) -> Iterator[str]:
+    def without_last_line_end(self, pieces: Iterator[str | Awaited]) -> Iterator[str | Awaited]:
         """The prompt brings one itself."""
         held = ""
         for piece in pieces:
+            if isinstance(piece, Awaited):
+                yield held  # so that the line can be seen
+                yield piece
+                held = ""
+                continue
             text = held + piece
             held = "\n" if text.endswith("\n") else ""
             yield text[:-1] if held else text
 
-    def replies(self, line: str) -> Iterator[str]:
+    def replies(self, line: str) -> Iterator[str | Awaited]:
         for words in split_commands(line):
             if words[0] in SHELL_QUITS:
                 self.is_ending = True
@@ -7781,8 +7839,7 @@ class ShellSession:
         if self.unsent and now - self.last_sent > SHELL_STALLED:
             self.close()
         elif now - self.last_asked > limit and not self.is_ending:
-            self.asked.clear()
-            self.reply = None
+            self.drop()
             self.is_ending = True
             self.write(f"\nNothing was asked for {limit:.0f} s. Goodbye.\n")
             self.watch()
@@ -7792,7 +7849,7 @@ class ShellSession:
     def close(self) -> None:
         if self.is_open:
             self.is_open = False
-            self.reply = None
+            self.reply = self.awaited = None
             self.server.loop.forget(self.connection)
             self.connection.close()
             self.server.sessions.discard(self)
@@ -8029,6 +8086,7 @@ READABLE = 1  # selectors.EVENT_READ
 TICK = 5.0  # seconds, after which the clock is looked at in any case
 GRACE = 30.0  # between asking a child to end, killing it, and giving it up
 SETTLING = 30.0  # for so long a start waits for the disk to say what revisions there are
+UNREAD = 200.0  # for so long the status file waits for that; check takes five minutes for old
 SLICE = 500  # jobs, of those that there is something to do for, in one turn of the loop
 CLOCK_JUMP = 2.0  # seconds that the clock may go another way than the time, within a tick
 LOG_TAIL = 64 * KiB  # of a job's log, in which its last error is looked for
@@ -8039,17 +8097,22 @@ CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = frozenset(
     ("HOME", "LANG", "LC_ALL", "TZ", "CEPH_ARGS", "CEPH_CONF", "CEPH_CLUSTER", "CEPH_KEYRING")
 )
-MARK = "BACKY_JOB"  # names the job's directory in the environment of its children
 
 
-def child_environment(directory: str) -> dict[str, str]:
+def identity_of(base: str | int) -> str:
+    """Which directory it is, however it is spelled."""
+    status = os.stat(base)
+    return f"{status.st_dev:x}:{status.st_ino:x}"
+
+
+def child_environment(directory: str, base: str) -> dict[str, str]:
     """All that a child gets of ours: nothing by which somebody could change what it runs."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in PASSED_ON or (name.startswith("BACKY_") and value.startswith("/"))
     }
-    return {**kept, "PATH": CHILD_PATH, MARK: directory}
+    return {**kept, "PATH": CHILD_PATH, "BACKY_JOB": directory, "BACKY_BASE": base}
 
 
 def child_command(directory: str, *words: str) -> list[str]:
@@ -8101,17 +8164,19 @@ class Child:
             os.killpg(self.pid, number)
 
 
-def find_children(base_dir: str) -> Iterator[tuple[str, str, int, datetime]]:
+def find_children(base: str | int) -> Iterator[tuple[str, str, int, datetime]]:
     """(job, step, pid, since) of what an earlier scheduler of this directory has left running."""
-    mark = os.fsencode(f"{MARK}={base_dir.rstrip('/')}/")
+    mark = os.fsencode(f"BACKY_BASE={identity_of(base)}")
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
-                words = [word for word in file.read().split(b"\0") if word.startswith(mark)]
-            if not words or os.getpgid(int(name)) != int(name):
+                words = file.read().split(b"\0")
+                is_ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            if mark not in words or not is_ours or os.getpgid(int(name)) != int(name):
                 continue
+            (directory,) = [word for word in words if word.startswith(b"BACKY_JOB=")]
             with open(f"/proc/{name}/cmdline", "rb") as file:
                 step = "backup" if b"backup" in file.read().split(b"\0") else "expire"
             with open(f"/proc/{name}/stat", "rb") as file:
@@ -8120,43 +8185,84 @@ def find_children(base_dir: str) -> Iterator[tuple[str, str, int, datetime]]:
             continue  # it has just ended, or belongs to somebody else
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         since = datetime.now(UTC) - timedelta(seconds=max(0.0, age))
-        yield os.fsdecode(words[0][len(mark) :]), step, int(name), since
+        yield os.path.basename(os.fsdecode(directory)), step, int(name), since
 
 
 # -- the disk -------------------------------------------------------------------
+
+
+class Task:
+    """A piece of work for the clerk, and whom to tell in the loop."""
+
+    def __init__(
+        self,
+        work: Callable[[], Any],
+        done: Callable[[Any], None],
+        hung: Callable[[], None],
+        patience: float,
+    ) -> None:
+        self.work, self.done, self.hung, self.patience = work, done, hung, patience
+        self.began = 0.0
+        self.is_late = False
+
+    def result(self) -> Any:
+        try:
+            return self.work()
+        except BackyError as e:
+            return e
+        except BaseException as e:
+            log.exception("a defect of backy")
+            return BackyError(f"{type(e).__name__}: {printable(e)}")
 
 
 class Clerk:
     """A thread that does what may have to wait for a disk, the most urgent first.
 
     Each piece of work is a function; what it returns is given to another one in the
-    loop.  When one does not return, a disk is dead: a new thread goes on with the rest.
+    loop.  While one takes long, a new thread goes on with the rest; when it does not
+    return at all, a disk is dead, and that is told to a third function.
     """
 
-    PATIENCE = 60.0
+    SHORT = 0.05  # seconds that all others may have to wait for one
+    PATIENCE = 60.0  # seconds until one is taken for hung
+    MOST = 100  # pieces of work at once
     AT_ONCE = 100  # results that are taken in one turn of the loop
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.tasks: list[tuple[int, int, Callable[[], Any], Callable[[Any], None]]] = []
+        self.tasks: list[tuple[int, int, Task]] = []
         self.numbers = itertools.count()
         self.results: list[tuple[Callable[[Any], None], Any]] = []
         self.condition = threading.Condition()
-        self.busy_since: float | None = None
+        self.busy: set[Task] = set()
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         loop.watch(self.read_fd, READABLE, lambda _: self.deliver())
         self.engage()
 
     def engage(self) -> None:
-        self.busy_since = None
+        self.task: Task | None = None  # what the thread is at
         self.thread: threading.Thread | None = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
-    def submit(self, urgency: int, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Do `work` when its turn comes, 0 before 1; a BackyError of it is a result too."""
+    def submit(
+        self,
+        urgency: int,
+        work: Callable[[], Any],
+        done: Callable[[Any], None],
+        hung: Callable[[], None] | None = None,
+        patience: float = 1.0,
+    ) -> None:
+        """Do `work` when its turn comes, 0 before 1; a BackyError of it is a result too.
+
+        `hung` is called when it takes longer than `patience` times PATIENCE.
+        """
         with self.condition:
-            heapq.heappush(self.tasks, (urgency, next(self.numbers), work, done))
+            task = Task(work, done, hung or self.complain, patience * self.PATIENCE)
+            heapq.heappush(self.tasks, (urgency, next(self.numbers), task))
             self.condition.notify()
+
+    def complain(self) -> None:
+        log.error("a disk does not answer for %d seconds, going on without", self.PATIENCE)
 
     def work(self) -> None:
         me = threading.current_thread()
@@ -8166,19 +8272,16 @@ class Clerk:
                     self.condition.wait()
                 if self.thread is not me:
                     return
-                _, _, work, done = heapq.heappop(self.tasks)
-                self.busy_since = time.monotonic()
-            try:
-                result = work()
-            except BackyError as e:
-                result = e
-            except BaseException as e:
-                log.exception("a defect of backy")
-                result = BackyError(f"{type(e).__name__}: {printable(e)}")
+                task = self.task = heapq.heappop(self.tasks)[2]
+                task.began = time.monotonic()
+                self.busy.add(task)
+            result = task.result()
             with self.condition:
+                self.busy.discard(task)
                 if self.thread is me:
-                    self.busy_since = None
-                self.results.append((done, result))
+                    self.task = None
+                self.results.append((task.done, result))
+                self.condition.notify_all()
             with suppress(OSError):
                 os.write(self.write_fd, b"x")
 
@@ -8196,16 +8299,29 @@ class Clerk:
     def close(self) -> None:
         """Let it finish what it is at, if that does not take long, and drop the rest."""
         with self.condition:
-            thread, self.thread = self.thread, None
-            self.condition.notify()
-        thread.join(5.0)
+            self.thread = None
+            self.tasks.clear()
+            self.condition.notify_all()
+            self.condition.wait_for(lambda: not self.busy, 5.0)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether there is work that waits for other work."""
+        return bool(self.tasks and self.task)
 
     def check(self) -> None:
-        """Go on with another thread when this one seems to be held up for ever."""
-        since = self.busy_since
-        if since is not None and time.monotonic() - since > self.PATIENCE:
-            log.error("a disk does not answer for %d seconds, going on without", self.PATIENCE)
-            self.engage()
+        """Go on with another thread when this one is held up, perhaps for ever."""
+        now = time.monotonic()
+        with self.condition:
+            task = self.task
+            if self.is_held_up and now - task.began > self.SHORT and len(self.busy) < self.MOST:
+                self.engage()
+            late = [
+                task for task in self.busy if not task.is_late and now - task.began > task.patience
+            ]
+        for task in late:
+            task.is_late = True
+            task.hung()
 
 
 @dataclass(frozen=True)
@@ -8234,6 +8350,24 @@ def directory_state(path: str) -> tuple[int, int] | None:
         return None
     recent = abs(time.time_ns() - status.st_mtime_ns) < 1_000_000_000
     return status.st_ino, 0 if recent else status.st_mtime_ns
+
+
+class Survey:
+    """Looks for a second which of some jobs' directories have changed."""
+
+    def __init__(self, places: list[tuple[str, str, tuple[int, int] | None]]) -> None:
+        """`places` are name, path and state when it was read, the first one last."""
+        self.left = places
+        self.name = ""  # of the one that is being looked at
+        self.changed: list[str] = []
+        self.is_given_up = False
+
+    def work(self) -> None:
+        until = time.monotonic() + 1.0
+        while self.left and not self.is_given_up and time.monotonic() < until:
+            self.name, path, state = self.left.pop()
+            if directory_state(path) != state and not self.is_given_up:
+                self.changed.append(self.name)
 
 
 def read_history(directory: str) -> History:
@@ -8427,12 +8561,15 @@ class ServiceManager:
 # -- the whole ------------------------------------------------------------------
 
 
+SILENT = "its directory does not answer"
+
+
 class JobRun:
     """A job's turn in its slot."""
 
-    def __init__(self, job: TimedJob, settings: JobSettings, directory: str, newest: str) -> None:
-        self.job, self.settings, self.directory = job, settings, directory
-        self.newest = newest  # revision before it
+    def __init__(self, job: TimedJob, directory: str, max_runtime: timedelta) -> None:
+        self.job, self.directory, self.max_runtime = job, directory, max_runtime
+        self.newest = ""  # revision before it
         self.child: Child | None = None
         self.step = "backup"
         self.log_fd, self.log_start = -1, 0
@@ -8443,6 +8580,17 @@ class JobRun:
     @property
     def name(self) -> str:
         return self.job.name
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals that come inside be dealt with at the end, by the handlers of then."""
+    held = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def take_base(settings: Settings) -> tuple[int, int]:
@@ -8460,12 +8608,21 @@ def take_base(settings: Settings) -> tuple[int, int]:
     return base_fd, lock_fd
 
 
+def load_for_reload(path: str) -> Settings:
+    """Also find out now what is slow and would hold up the loop."""
+    settings = load_settings(path)
+    for job in settings.jobs.values():
+        spread_of(job.name, job.schedule)
+    return settings
+
+
 class Scheduler(ShellHost):
     """The daemon: its jobs, their runs, and what is shown of them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.base_fd, self.lock_fd = take_base(settings)
+        self.base = identity_of(self.base_fd)
         self.manager = ServiceManager()
         self.started = datetime.now(UTC)
         self.loop = Loop()
@@ -8475,11 +8632,15 @@ class Scheduler(ShellHost):
         self.runs: dict[str, JobRun] = {}
         self.histories: dict[str, History] = {}
         self.unread: set[str] = set()  # jobs whose directories have not been looked at yet
-        self.reading: set[str] = set()
+        self.unread_until = 0.0  # for so long nobody is told of that
+        self.reading: dict[str, object] = {}  # by name, which of the readings counts
+        self.silent: set[str] = set()  # jobs whose directories do not answer
         self.after_run: dict[str, str] = {}  # what went wrong after a success
         self.rows_made: dict[str, Row] = {}
         self.space = (0, 0)
         self.reload_error = ""
+        self.is_reloading = False
+        self.reload_asked: list[Callable[[str], None]] = []  # who waits for the next reload
         self.status_error = self.memory_error = ""
         self.memory: object = None
         self.is_writing = self.is_saving = self.is_ready = self.is_settled = False
@@ -8507,6 +8668,7 @@ class Scheduler(ShellHost):
         for directory in {self.settings.base_dir, os.path.dirname(self.settings.status_file)}:
             sweep_temporaries(directory)
         now = datetime.now(UTC)
+        gc.disable()  # until everything has been read
         self.memory = load_memory(self.base_fd)
         self.timetable.recall(self.memory, now)
         self.configure(now)
@@ -8528,10 +8690,11 @@ class Scheduler(ShellHost):
 
     def pause(self) -> float:
         """Seconds until the next job is due, as far as that is to be seen."""
+        most = self.clerk.SHORT if self.clerk.is_held_up else TICK
         moment = self.timetable.next_moment()
         if moment is None or not self.is_settled or self.stopping:
-            return TICK
-        return min(TICK, max(0.0, (moment - datetime.now(UTC)).total_seconds()))
+            return most
+        return min(most, max(0.0, (moment - datetime.now(UTC)).total_seconds()))
 
     def tick(self) -> None:
         """What is looked at in every turn of the loop."""
@@ -8592,7 +8755,7 @@ class Scheduler(ShellHost):
                     self.stop(number)
                 elif number == signal.SIGHUP and not self.stopping:
                     log.info("Received signal SIGHUP")
-                    self.reload_later()
+                    self.reload()
 
     def stop(self, number: int) -> None:
         """Start nothing more, and end what runs; asked twice, end it at once."""
@@ -8632,12 +8795,13 @@ class Scheduler(ShellHost):
         """Let the timetable have the jobs of the settings."""
         jobs = self.settings.jobs
         schedules = {name: job.schedule for name, job in jobs.items()}
-        self.timetable.configure(schedules, self.settings.worker_limit, now)
+        moved = self.timetable.configure(schedules, self.settings.worker_limit, now)
+        self.reckon_anew(moved)
         self.forget_removed()
         new = [name for name in jobs if name not in self.histories]
         self.unread = set(new)
-        for name in new:
-            self.look_at(name)
+        self.unread_until = time.monotonic() + UNREAD
+        self.look_at_all(new)
         if not self.unread:
             self.settle()
         self.is_dirty = True
@@ -8651,20 +8815,38 @@ class Scheduler(ShellHost):
             for name in [name for name in table if name not in jobs and name not in self.runs]:
                 del table[name]
 
-    def reload(self) -> str:
-        """Take over the configuration as it is now, or nothing of it; what is wrong with it."""
-        self.tell_reloading()
-        try:
-            self.decide_on(load_settings(self.settings.path))
-        except BackyError as e:
-            self.decide_on(e)
-        return self.reload_error
+    def reload(self, told: Callable[[str], None] = lambda _: None) -> None:
+        """Take over the configuration as it is now, or nothing of it, and tell what is wrong.
 
-    def reload_later(self) -> None:
-        """The same without waiting for it: ten thousand jobs are read in seconds."""
-        self.tell_reloading()
+        It is read by the clerk, since ten thousand jobs take seconds.
+        """
+        self.reload_asked.append(told)
+        if not self.is_reloading:
+            self.begin_reload()
+
+    def begin_reload(self) -> None:
+        self.is_reloading = True
+        asked, self.reload_asked = self.reload_asked, []
         path = self.settings.path
-        self.clerk.submit(0, lambda: load_settings(path), self.decide_on)
+        gc.disable()  # to look for garbage among so much takes longer than a job may wait
+
+        def done(settings: Any) -> None:
+            self.is_reloading = False
+            self.decide_on(settings)
+            self.keep_from_collector()
+            for told in asked:
+                told(self.reload_error)
+            if self.reload_asked and not self.stopping:  # it may have changed since
+                self.begin_reload()
+
+        self.tell_reloading()
+        self.clerk.submit(1, lambda: load_for_reload(path), done)
+
+    @staticmethod
+    def keep_from_collector() -> None:
+        """What is there now stays; only what comes is garbage some day."""
+        gc.freeze()
+        gc.enable()
 
     def tell_reloading(self) -> None:
         self.manager.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -8729,34 +8911,70 @@ class Scheduler(ShellHost):
 
     def poll(self) -> None:
         """Look which directories have changed, and again after a while."""
-        known = {
-            self.directory(name): (name, history.state)
-            for name, history in self.histories.items()
-            if name not in self.runs
-        }
+        self.survey(
+            [
+                (name, self.directory(name), history.state)
+                for name, history in self.histories.items()
+                if name not in self.runs and name not in self.silent
+            ]
+        )
 
-        def changed() -> list[str]:
-            return [name for path, (name, state) in known.items() if directory_state(path) != state]
+    def survey(self, places: list[tuple[str, str, tuple[int, int] | None]]) -> None:
+        survey = Survey(places)
 
-        def again(names: Any) -> None:
-            for name in names if isinstance(names, list) else ():
-                if name not in self.runs:
-                    self.look_at(name)
-            self.loop.call_in(max(1.0, self.settings.status_interval.total_seconds()), self.poll)
+        def done(_: object) -> None:
+            if survey.is_given_up:
+                self.silent.discard(survey.name)
+                self.look_at(survey.name)
+                return
+            go_on()
 
-        self.clerk.submit(3, changed, again)
+        def hung() -> None:
+            survey.is_given_up = True
+            self.fall_silent(survey.name)
+            go_on()
+
+        def go_on() -> None:
+            for name in survey.changed:
+                self.look_at(name)
+            if survey.left:
+                self.survey(survey.left)
+            else:
+                pause = max(1.0, self.settings.status_interval.total_seconds())
+                self.loop.call_in(pause, self.poll)
+
+        self.clerk.submit(3, survey.work, done, hung)
+
+    def look_at_all(self, names: list[str]) -> None:
+        for name in names[:SLICE]:
+            self.look_at(name)
+        if names[SLICE:]:
+            self.loop.call_in(0, lambda: self.look_at_all(names[SLICE:]))
 
     def look_at(self, name: str) -> None:
         """Have the directory of a job read."""
-        if name in self.reading:
+        if name in self.reading or name in self.runs:
             return
-        self.reading.add(name)
+        reading = self.reading[name] = object()
         directory = self.directory(name)
-        self.clerk.submit(2, lambda: read_history(directory), lambda one: self.learn(name, one))
+
+        def done(history: Any) -> None:
+            self.silent.discard(name)
+            if self.reading.get(name) is reading:
+                del self.reading[name]
+                self.learn(name, history)
+
+        self.clerk.submit(2, lambda: read_history(directory), done, lambda: self.fall_silent(name))
+
+    def fall_silent(self, name: str) -> None:
+        """Its directory does not answer; until it does, nothing is tried there."""
+        log.error("%s: %s", name, SILENT)
+        self.silent.add(name)
+        self.timetable.changed.add(name)
+        self.has_read(name)
 
     def learn(self, name: str, history: Any) -> None:
-        self.reading.discard(name)
-        if name in self.timetable.jobs and name not in self.runs:
+        if name in self.timetable.jobs:
             self.note_history(name, history)
             self.timetable.learn(name, self.past(name), datetime.now(UTC))
             self.make_rows([name])
@@ -8765,6 +8983,7 @@ class Scheduler(ShellHost):
     def has_read(self, name: str) -> None:
         if name in self.unread:
             self.unread.discard(name)
+            self.is_dirty = True
             if not self.unread:
                 self.settle()
 
@@ -8786,25 +9005,71 @@ class Scheduler(ShellHost):
 
     # -- runs ---------------------------------------------------------------------
 
+    def enter(self, job: TimedJob, max_runtime: timedelta) -> JobRun:
+        """The job is in its slot now; what is read of it meanwhile counts for nothing."""
+        run = self.runs[job.name] = JobRun(job, self.directory(job.name), max_runtime)
+        self.reading.pop(job.name, None)
+        self.is_dirty = True
+        return run
+
     def start(self, job: TimedJob) -> None:
         """A slot is free and it is this job's turn."""
         settings = self.settings.jobs[job.name]
-        run = JobRun(job, settings, self.directory(job.name), "")
-        self.runs[job.name] = run
-        self.is_dirty = True
+        run = self.enter(job, settings.max_runtime)
+        if job.name in self.silent:
+            self.finish(run, SILENT)
+            return
         due = job.due.strftime("%Y-%m-%dT%H:%M:%SZ") if job.due else "now"
         tags = ",".join(job.tags)
         log.info("%s: running backup [%s] due %s (%s)", job.name, tags, due, job.reason)
-        run.timer = self.loop.call_in(
-            settings.max_runtime.total_seconds(), lambda: self.end_hung(run)
-        )
+        self.limit_runtime(run, settings.max_runtime)
         config = job_config(settings)
 
         def work() -> Any:
             log_fd, holder = prepare_directory(run.directory, config, self.base_fd)
             return log_fd, os.fstat(log_fd).st_size, holder, read_history(run.directory)
 
-        self.clerk.submit(0, work, lambda result: self.prepared(run, result))
+        def undo(result: Any) -> None:
+            if isinstance(result, tuple):
+                close(result[0])
+
+        self.examine(run, work, self.prepared, undo)
+
+    def limit_runtime(self, run: JobRun, left: timedelta) -> None:
+        if run.timer:
+            run.timer.cancel()
+        run.timer = self.loop.call_in(left.total_seconds(), lambda: self.end_hung(run))
+
+    def examine(
+        self,
+        run: JobRun,
+        work: Callable[[], Any],
+        done: Callable[[JobRun, Any], None],
+        undo: Callable[[Any], None] = lambda _: None,
+    ) -> None:
+        """Do something in the directory of a run, which is over if that does not answer."""
+
+        def answered(result: Any) -> None:
+            if self.runs.get(run.name) is run:
+                done(run, result)
+                return
+            undo(result)
+            self.silent.discard(run.name)
+            self.look_at(run.name)
+
+        def hung() -> None:
+            if self.runs.get(run.name) is run:
+                self.fall_silent(run.name)
+                self.over(run, SILENT)
+
+        self.clerk.submit(0, work, answered, hung, patience=5)  # a directory may be large
+
+    def over(self, run: JobRun, error: str) -> None:
+        """A step of the run has failed."""
+        if run.step == "expire":
+            self.expired(run, error)
+        else:
+            self.finish(run, error)
 
     def prepared(self, run: JobRun, result: Any) -> None:
         if isinstance(result, BackyError):
@@ -8833,7 +9098,7 @@ class Scheduler(ShellHost):
                 stdout=subprocess.DEVNULL if step == "expire" else run.log_fd,
                 stderr=run.log_fd,
                 start_new_session=True,
-                env=child_environment(run.directory),
+                env=child_environment(run.directory, self.base),
             )
         except OSError as e:
             self.finish(run, f"cannot start {step}: {e.strerror or e}")
@@ -8842,24 +9107,45 @@ class Scheduler(ShellHost):
 
     def adopt_children(self) -> None:
         """Take over what an earlier scheduler that was killed has left running."""
-        for name, step, pid, since in find_children(self.settings.base_dir):
+        for name, step, pid, since in find_children(self.base_fd):
+            settings = self.settings.jobs.get(name)
             if not self.timetable.adopt(name, since):
                 log.warning("%s: pid %d is left from an earlier scheduler", printable(name), pid)
                 continue
-            log.warning("%s: pid %d goes on from an earlier scheduler", name, pid)
-            settings = self.settings.jobs[name]
-            history = read_history(self.directory(name))
-            self.note_history(name, history)
-            run = JobRun(self.timetable.jobs[name], settings, self.directory(name), history.newest)
-            run.step = step
-            self.runs[name] = run
-            self.timetable.learn(name, self.past(name), datetime.now(UTC))
-            self.has_read(name)
-            run.child = Child(self.loop, pid, None, lambda status, run=run: self.ended(run, status))
-            left = since + settings.max_runtime - datetime.now(UTC)
-            run.timer = self.loop.call_in(
-                max(GRACE, left.total_seconds()), lambda run=run: self.end_hung(run)
-            )
+            what = "goes on" if settings else "of a job that is configured no more goes on"
+            log.warning("%s: pid %d %s from an earlier scheduler", printable(name), pid, what)
+            job = self.timetable.jobs.get(name) or self.timetable.leaving[name]
+            limit = settings.max_runtime if settings else LEAST_RUNTIME
+            self.adopt(self.enter(job, limit), step, pid, since, settings is None)
+
+    def adopt(self, run: JobRun, step: str, pid: int, since: datetime, is_removed: bool) -> None:
+        run.step = step
+        run.child = Child(self.loop, pid, None, lambda status: self.ended(run, status))
+
+        def limit() -> None:
+            left = since + run.max_runtime - datetime.now(UTC)
+            self.limit_runtime(run, max(timedelta(seconds=GRACE), left))
+
+        def work() -> Any:
+            limit = run.max_runtime
+            if is_removed:
+                with suppress(BackyError), QuietRepository.open(run.directory) as repository:
+                    limit = usual_runtime(load_schedule(repository))
+            return read_history(run.directory), limit
+
+        def read(run: JobRun, result: Any) -> None:
+            history = result
+            if isinstance(result, tuple):
+                history, run.max_runtime = result
+            limit()
+            self.note_history(run.name, history)
+            made = [one for one in self.past(run.name) if one.moment >= since]
+            run.newest = "" if made else self.histories[run.name].newest  # it may be through
+            self.timetable.learn(run.name, self.past(run.name), datetime.now(UTC))
+            self.has_read(run.name)
+
+        limit()
+        self.examine(run, work, read)
 
     def ended(self, run: JobRun, status: int | None) -> None:
         """A child has ended; what it has left is looked at."""
@@ -8878,11 +9164,11 @@ class Scheduler(ShellHost):
                     close(dir_fd)
             return error, start_of_next, holder, read_history(directory)
 
-        self.clerk.submit(0, work, lambda result: self.examined(run, status, result))
+        self.examine(run, work, lambda run, result: self.examined(run, status, result))
 
     def examined(self, run: JobRun, status: int | None, result: Any) -> None:
         if isinstance(result, BackyError):
-            self.finish(run, str(result))
+            self.over(run, str(result))
             return
         said, run.log_start, holder, history = result
         before = run.newest
@@ -8924,6 +9210,7 @@ class Scheduler(ShellHost):
         if run.log_fd >= 0:
             close(run.log_fd)
         del self.runs[run.name]
+        self.has_read(run.name)
         before = run.job.failures
         now = datetime.now(UTC)
         self.timetable.finish(run.name, error, self.past(run.name), now)
@@ -8941,7 +9228,7 @@ class Scheduler(ShellHost):
         if self.runs.get(run.name) is not run:
             return
         if not run.verdict:
-            run.verdict = f"it ran longer than {format_time_span(run.settings.max_runtime)}"
+            run.verdict = f"it ran longer than {format_time_span(run.max_runtime)}"
             log.error("%s: %s, ending it", run.name, run.verdict)
             self.signal_hung(run, signal.SIGTERM, lambda: self.kill_hung(run))
 
@@ -8984,6 +9271,8 @@ class Scheduler(ShellHost):
         now = time.monotonic()
         if self.is_writing or not self.is_settled or now < self.status_allowed:
             return
+        if self.unread and now < self.unread_until:
+            return
         if not (self.is_dirty or self.timetable.changed) and now < self.status_due:
             return
         self.status_due = now + self.settings.status_interval.total_seconds()
@@ -9010,6 +9299,7 @@ class Scheduler(ShellHost):
         self.loop.call_in(wait, lambda: None)  # what has changed meanwhile is written then
         if not self.is_ready:
             self.is_ready = True
+            self.keep_from_collector()
             self.remember()
             self.manager.tell("READY=1")
 
@@ -9046,22 +9336,25 @@ class Scheduler(ShellHost):
         rows = [row.values for row in self.make_rows()]
         return [{**rows[0], "scheduler": self.about()}, *rows[1:]] if rows else []
 
-    def make_rows(self, names: Iterable[str] = ()) -> list[Row]:
+    def make_rows(self, names: ListLike[str] | None = None) -> list[Row]:
         """The rows of these jobs, or of all, as things stand now."""
         now, jobs, made = datetime.now(UTC), self.timetable.jobs, self.rows_made
-        for name in names or jobs:
+        shown = jobs if names is None else names
+        for name in shown:
             row = made.get(name)
             if row is None or name in self.timetable.changed or now >= row.late_at:
                 self.timetable.changed.discard(name)
                 made[name] = self.make_row(jobs[name], now)
                 self.is_dirty = True
-        if not names:
+        if names is None:
             self.timetable.changed.clear()  # of jobs that are not shown
-        return [made[name] for name in names or jobs]
+        return [made[name] for name in shown]
 
     def make_row(self, job: TimedJob, now: datetime) -> Row:
-        overdue = job.overdue_since(now)
-        late_at = datetime.max.replace(tzinfo=UTC) if overdue else job.late_at(now)
+        overdue, late_at = None, datetime.max.replace(tzinfo=UTC)
+        if job.is_known or job.name in self.silent:  # else nothing can be said
+            overdue = job.overdue_since(now)
+            late_at = late_at if overdue else job.late_at(now)
         return Row(late_at, self.describe(job, overdue))
 
     def describe(self, job: TimedJob, overdue: datetime | None) -> dict[str, Any]:
@@ -9069,7 +9362,9 @@ class Scheduler(ShellHost):
         history = self.histories.get(job.name, History())
         newest = history.past[-1] if history.past else None
         problems = [history.problem, self.after_run.get(job.name, "")]
-        if not job.is_known:
+        if job.name in self.silent:
+            problems.insert(0, SILENT)
+        elif not job.is_known and time.monotonic() > self.unread_until:
             problems.insert(0, "its directory has not been read yet")
         return {
             "job": job.name,
@@ -10607,7 +10902,9 @@ def examine_config(args: argparse.Namespace) -> int:
 @command(CONFIG, examples="backy scheduler -c /etc/backy.conf -l /var/log/backy.log")
 def scheduler(args: argparse.Namespace) -> None:
     """Make backups when they are due, until a signal ends it."""
-    Scheduler(load_settings(args.config)).run_until_stopped()
+    with signals_held():
+        daemon = Scheduler(load_settings(args.config))
+    daemon.run_until_stopped()
 
 
 @command(CONFIG, examples="backy check-config -c /etc/backy.conf")

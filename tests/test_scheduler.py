@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import COMPILED, PROGRAM, MiB, contents, noise
+from conftest import COMPILED, PROGRAM, MiB, contents, need_root, noise
 
 import backy
 
@@ -69,7 +69,8 @@ class Daemon:
 
     def configure(self, **settings: object) -> None:
         self.settings.update({key.replace("_", "-"): value for key, value in settings.items()})
-        lines = ["global:", f"  base-dir: {self.base}", "  telnet-addrs: 127.0.0.1"]
+        lines = ["global:", "  telnet-addrs: 127.0.0.1"]
+        self.settings.setdefault("base-dir", self.base)
         lines += ["  telnet-port: 0"] if "telnet-port" not in self.settings else []
         lines += [f"  {key}: {value}" for key, value in self.settings.items()]
         lines += [f"schedules: {{usual: {self.schedule}}}", "jobs:" if self.jobs else "jobs: {}"]
@@ -155,7 +156,7 @@ class Daemon:
         if self.process:
             self.process.kill()
             self.process.wait()
-        for pid in self.children():
+        for pid in self.children() if self.base.exists() else ():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
@@ -241,8 +242,9 @@ def test_a_child_gets_nothing_of_ours_but_what_it_needs(daemon):
     environment, directory, session, pid, stdin, fds = json.loads(
         (daemon.base / "vm1/spied").read_text()
     )
-    allowed = {*backy.PASSED_ON, "PATH", "BACKY_JOB", "BACKY_RBD", "LC_CTYPE"}
+    allowed = {*backy.PASSED_ON, "PATH", "BACKY_JOB", "BACKY_BASE", "BACKY_RBD", "LC_CTYPE"}
     assert set(environment) <= allowed
+    assert environment["BACKY_JOB"] == str(daemon.base / "vm1")
     assert environment["PATH"] == backy.CHILD_PATH
     assert environment["BACKY_RBD"] == "/opt/rbd"
     assert environment["CEPH_ARGS"] == "--id backy"
@@ -582,6 +584,73 @@ def test_asked_twice_it_does_not_wait_for_what_does_not_end(daemon):
     assert daemon.children() == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_configuration_is_read_ends_it_well(daemon, number):
+    daemon.add("vm1")
+    daemon.make_overdue()
+    daemon.start(more=SLOW_LOAD)
+    daemon.wait_for("reading")
+    assert daemon.stop(number) == 0
+    assert daemon.lines[-1] == "scheduler ended"
+    assert not (daemon.base / "vm1").exists()
+
+
+def test_a_hangup_while_the_configuration_is_read_lets_it_be_read_again(daemon):
+    daemon.add("vm1")
+    daemon.start(more=SLOW_LOAD)
+    daemon.wait_for("reading")
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("reading", 2)
+    daemon.wait_for("configuration reloaded: 1 job")
+    assert daemon.stop() == 0
+
+
+SLOW_LOAD = """
+import time
+load = backy.load_settings
+def slow_load(path):
+    print("reading", file=sys.stderr, flush=True)
+    time.sleep(0.7)
+    return load(path)
+backy.load_settings = slow_load
+"""
+
+
+def test_a_reload_from_the_shell_holds_up_nobody(daemon):
+    daemon.add("vm1")
+    daemon.configure(telnet_control="yes")
+    daemon.start(more=SLOW_LOAD)
+    port = int(daemon.wait_for("starting telnet server").split(":")[-1])
+    first, second = (backy.ShellClient(["127.0.0.1"], port) for _ in range(2))
+    replies = []
+    asking = threading.Thread(target=lambda: replies.append(first.ask("reload")))
+    asking.start()
+    daemon.wait_for("reading", 2)
+    began = time.monotonic()
+    assert "jobs shown" in second.ask("jobs")
+    assert time.monotonic() - began < 0.3 and not replies
+    asking.join(20)
+    assert replies[0].splitlines()[-1] == "Daemon configuration reloaded."
+    daemon.config.write_text("no: good")
+    assert "Reload refused: " in second.ask("reload")
+    assert daemon.stop() == 0
+
+
+def test_a_reload_asked_for_during_another_one_reads_what_is_there_then(daemon):
+    daemon.add("vm1")
+    daemon.start(more=SLOW_LOAD.replace("return load(path)", "return settings").replace(
+        "    time.sleep", "    settings = load(path)\n    time.sleep"))  # fmt: skip
+    daemon.wait_for("scheduler started")
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("reading", 2)
+    time.sleep(0.2)
+    daemon.add("vm2")
+    daemon.configure()
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("configuration reloaded: 2 jobs")
+    assert daemon.stop() == 0
+
+
 def test_a_reload_takes_everything_over_while_backups_go_on(daemon):
     daemon.add("vm1")
     daemon.make_overdue()
@@ -655,6 +724,84 @@ def test_a_scheduler_that_was_killed_leaves_its_children_to_the_next(daemon):
     assert daemon.stop() == 0
 
 
+def test_what_a_killed_scheduler_has_left_counts_though_it_is_configured_no_more(daemon):
+    daemon.add("vm1", "vm2")
+    daemon.configure(worker_limit=1)
+    daemon.make_overdue()
+    daemon.start(fake=SLOW_CHILD)
+    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.stop(signal.SIGKILL)
+    image = daemon.jobs.pop("vm1")
+    daemon.start(fake=SLOW_CHILD)
+    daemon.wait_for("vm1: pid .* of a job that is configured no more goes on")
+    daemon.until(lambda: list(daemon.status()) == ["vm2"])
+    assert daemon.row("vm2", status="queued for execution")["scheduler"]["running"] == 1
+    (daemon.base / "vm1/go-on").touch()
+    daemon.wait_for("vm1: finished backup")
+    daemon.until((daemon.base / "vm2/begun").exists)
+    assert (daemon.base / "vm1/last").read_bytes() == image.read_bytes()
+    assert list(daemon.status()) == ["vm2"]
+    assert daemon.stop() == 0
+
+
+def test_it_is_ended_by_the_rules_too(daemon):
+    daemon.add("vm1")
+    daemon.make_overdue()
+    daemon.start(fake=STUBBORN)
+    daemon.until((daemon.base / "vm1/begun").exists)
+    (child,) = daemon.children()
+    daemon.stop(signal.SIGKILL)
+    daemon.jobs.clear()
+    daemon.start(
+        fake=STUBBORN,
+        more="backy.GRACE = 0.3; backy.usual_runtime = lambda _: backy.timedelta(seconds=1)",
+    )
+    daemon.wait_for(f"vm1: pid {child} of a job that is configured no more goes on")
+    daemon.wait_for("vm1: it ran longer than 1s, ending it")
+    daemon.wait_for("vm1: does not end, killing it")
+    daemon.wait_for("vm1: it ran longer than 1s$", 1)
+    assert state_of(str(child)) in "Z-"
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("spelling", ["{top}/base/", "{top}/./link", "{top}/link/../base"])
+def test_what_a_killed_scheduler_has_left_is_found_however_the_directory_is_spelled(
+    daemon, spelling
+):
+    (daemon.top / "link").symlink_to("base")
+    daemon.add("vm1")
+    daemon.make_overdue()
+    daemon.start(fake=SLOW_CHILD)
+    daemon.until((daemon.base / "vm1/begun").exists)
+    (child,) = daemon.children()
+    daemon.stop(signal.SIGKILL)
+    daemon.base = Path(spelling.format(top=daemon.top))
+    daemon.settings["base-dir"] = spelling.format(top=daemon.top)
+    daemon.start(fake=SLOW_CHILD)
+    daemon.wait_for(f"vm1: pid {child} goes on from an earlier scheduler")
+    assert daemon.stop() == 0
+
+
+def test_a_process_of_another_user_is_no_child_of_ours(tmp_path):
+    need_root()
+    environment = {"BACKY_BASE": backy.identity_of(str(tmp_path)), "BACKY_JOB": "/x/vm1"}
+    words = ["setpriv", "--reuid=65534", "--clear-groups", "--regid=65534", "sleep", "100"]
+    mine, other = (
+        subprocess.Popen(
+            command, env={**environment, "PATH": "/usr/bin:/bin"}, start_new_session=True
+        )
+        for command in (["sleep", "100"], words)
+    )
+    try:
+        time.sleep(0.3)
+        found = [(name, pid) for name, _, pid, _ in backy.find_children(str(tmp_path))]
+        assert found == [("vm1", mine.pid)]
+    finally:
+        for one in (mine, other):
+            one.kill()
+            one.wait()
+
+
 def test_an_expiry_that_a_killed_scheduler_has_left_is_no_failure(daemon):
     child = SLOW_CHILD.replace('== "backup"', '== "expire"')
     daemon.add("vm1")
@@ -666,6 +813,105 @@ def test_an_expiry_that_a_killed_scheduler_has_left_is_no_failure(daemon):
     daemon.wait_for("vm1: pid .* goes on")
     (daemon.base / "vm1/go-on").touch()
     daemon.row("vm1", status="waiting for deadline", failures=0, last_error="-", sla="OK")
+    assert daemon.stop() == 0
+
+
+# -- disks that are slow or dead --------------------------------------------------------
+
+SLOW_READING = """
+import time
+read = backy.read_history
+def slow_read(directory):
+    if directory.endswith("slow"):
+        time.sleep(1.5)
+    return read(directory)
+backy.read_history, backy.SETTLING = slow_read, 0.2
+"""
+
+
+def test_nobody_is_told_of_a_job_before_its_directory_has_been_read(daemon):
+    daemon.add("vm1", "slow")
+    daemon.make_overdue()
+    (daemon.base / "slow").mkdir()
+    daemon.jobs["slow"].unlink()
+    daemon.start(more=SLOW_READING)
+    daemon.until((daemon.base / "vm1/begun").exists)  # the others need not wait
+    assert not daemon.status_file.exists()
+    rows = daemon.until(daemon.status)
+    assert rows["slow"]["problem"] == "-"
+    daemon.jobs["slow2"] = daemon.jobs.pop("slow")
+    daemon.jobs["slow"] = daemon.jobs["slow2"]  # its past counts at once when it is back
+    for jobs in ({"vm1": "x"}, daemon.jobs):
+        daemon.jobs = jobs
+        daemon.configure()
+        daemon.send(signal.SIGHUP)
+        daemon.wait_for(f"configuration reloaded: {len(jobs)} job")
+    while "slow2" not in daemon.status():
+        assert {row["problem"] for row in daemon.status().values()} == {"-"}
+        time.sleep(0.05)
+    assert {row["problem"] for row in daemon.status().values()} == {"-"}
+    assert daemon.stop() == 0
+
+
+DEAD = """
+import os, time
+def wait_for_it(path):
+    while path.endswith("dead") and os.path.exists({switch!r}):
+        time.sleep(0.02)
+def hangs(function):
+    def call(path, *others):
+        wait_for_it(path)
+        return function(path, *others)
+    return call
+backy.Clerk.PATIENCE = {patience}
+for name in {names!r}:
+    setattr(backy, name, hangs(getattr(backy, name)))
+"""
+
+
+def test_a_directory_that_hangs_holds_up_no_other(daemon):
+    switch = daemon.top / "switch"
+    daemon.add("dead", "vm1", "vm2")
+    more = DEAD.format(switch=str(switch), patience=0.5, names=["directory_state"])
+    for name in daemon.jobs:
+        subprocess.run([sys.executable, PROGRAM, "-b", daemon.base / name, "init", "file",
+                        daemon.jobs[name]], check=True)  # fmt: skip
+        subprocess.run([sys.executable, PROGRAM, "-b", daemon.base / name, "backup", "daily"],
+                       check=True, capture_output=True)  # fmt: skip
+    daemon.start(more=more)
+    first = {name: daemon.row(name)["last_time"] for name in daemon.jobs}
+    switch.touch()
+    daemon.wait_for("dead: its directory does not answer")
+    assert daemon.row("dead", problem=backy.SILENT)["last_time"] == first["dead"]
+    for name in ("vm1", "vm2"):
+        subprocess.run([sys.executable, PROGRAM, "-b", daemon.base / name, "backup", "daily"],
+                       check=True, capture_output=True)  # fmt: skip
+        daemon.until(lambda: daemon.status()[name]["last_time"] != first[name])  # noqa: B023
+    assert sum("does not answer" in line for line in daemon.lines) == 1
+    switch.unlink()
+    daemon.row("dead", problem="-", failures=0)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("names", [["read_history"], ["prepare_directory"]])
+def test_a_job_whose_directory_hangs_fails_and_leaves_its_slot(daemon, names):
+    switch = daemon.top / "switch"
+    switch.touch()
+    daemon.add("dead", "vm1", "vm2")
+    daemon.configure(worker_limit=1)
+    daemon.make_overdue()
+    for name in daemon.jobs:
+        (daemon.base / name).mkdir()
+        (daemon.base / name / "go-on").touch()
+    daemon.start(more=DEAD.format(switch=str(switch), patience=0.2, names=names))
+    daemon.wait_for("vm1: finished backup")
+    daemon.wait_for("vm2: finished backup")
+    row = daemon.row("dead", problem=backy.SILENT)
+    if names == ["prepare_directory"]:
+        assert (row["failures"], row["last_error"]) == (1, backy.SILENT)
+    daemon.until(lambda: daemon.status()["dead"]["scheduler"]["running"] == 0)
+    switch.unlink()
+    daemon.row("dead", problem="-")
     assert daemon.stop() == 0
 
 

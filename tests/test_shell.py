@@ -81,9 +81,11 @@ class Host(backy.ShellHost):
         self.asked.append("*")
         return [row["job"] for row in self.entries]
 
-    def reload(self):
+    def reload(self, told):
         self.asked.append("reload")
-        return self.reload_error
+        self.told = told
+        if self.reload_error is not None:
+            told(self.reload_error)
 
 
 def many_rows(count: int) -> list[dict]:
@@ -354,6 +356,59 @@ def test_control_runs_jobs_and_reloads(stage):
         "Reload refused:   x\ufffd",
     ]
     assert host.asked == ["quick", "slow", "*", "reload", "reload"]
+
+
+def test_reload_is_answered_when_it_is_through_and_holds_up_nobody(stage, pulse, monkeypatch):
+    work, turns = backy.ShellServer.work, []
+    monkeypatch.setattr(backy.ShellServer, "work", lambda self: turns.append(1) or work(self))
+    host = Host()
+    host.reload_error = None  # not known yet
+    client = stage.connected(host=host, control=True)
+    client.sendall(b"reload; status\r\n")
+    assert stage.receive(client, until="reload.\r\n") == "Triggering daemon reload.\r\n"
+    assert "| waiting for deadline |" in stage.ask(stage.greeted(), "status")
+    end = time.monotonic() + 0.3
+    stage.until(lambda: time.monotonic() > end)
+    assert len(turns) < 10, "it waits, and does not ask again and again"
+    host.told("backy.conf:1: bad")
+    reply = stage.receive(client)
+    assert reply.startswith("Reload refused: backy.conf:1: bad\r\n+---")
+
+
+@pytest.mark.parametrize("key", [b"\x03", b"\xff\xf4"])
+def test_interrupt_ends_the_waiting_for_a_reload(stage, key):
+    host = Host()
+    host.reload_error = None
+    client = stage.connected(host=host, control=True)
+    client.sendall(b"reload\r\n")
+    stage.receive(client, until="reload.\r\n")
+    client.sendall(key)
+    assert stage.receive(client) == PROMPT
+    host.told("")
+    assert stage.ask(client, "reload x") == "Usage: reload"
+
+
+def test_end_of_file_waits_for_the_answer_to_a_reload(stage):
+    host = Host()
+    host.reload_error = None
+    client = stage.connected(host=host, control=True)
+    client.sendall(b"reload\r\n")
+    client.shutdown(socket.SHUT_WR)
+    stage.receive(client, until="reload.\r\n")
+    host.told("")
+    assert "Daemon configuration reloaded." in stage.receive(client, until=None)
+
+
+def test_a_reload_nobody_waits_for_any_more_is_no_matter(stage):
+    host = Host()
+    host.reload_error = None
+    client = stage.connected(host=host, control=True)
+    client.sendall(b"reload\r\n")
+    stage.receive(client, until="reload.\r\n")
+    client.close()
+    stage.until(lambda: not stage.sessions or host.told(""))
+    host.told("")
+    assert stage.ask(stage.greeted(), "reload x") == "Usage: reload"
 
 
 def test_refused_reload_stands_above_the_table(stage):

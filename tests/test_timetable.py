@@ -347,6 +347,16 @@ def test_a_job_that_runs_already_has_its_slot():
     assert started(table) == ["a"]
 
 
+def test_a_job_that_runs_and_is_configured_no_more_has_a_slot_until_it_ends():
+    table = timetable(1, a=4 * DAY)
+    assert table.adopt("gone", NOW - HOUR)
+    assert not table.adopt("gone", NOW)
+    assert (started(table), list(table.jobs)) == ([], ["a"])
+    finish(table, "gone", NOW, "it failed")
+    assert started(table) == ["a"]
+    assert (table.running, table.leaving) == (1, {})
+
+
 def test_a_reload_lets_running_jobs_run_also_removed_ones_and_counts_them():
     table = timetable(2, a=4 * DAY, b=3 * DAY, c=2 * DAY)
     assert started(table) == ["a", "b"]
@@ -366,7 +376,9 @@ def test_a_new_schedule_counts_at_once_also_for_a_job_that_waits_for_its_slot():
     table = timetable(1, a=4 * DAY, b=3 * DAY)
     started(table)
     hourly = Schedule("hourly", (Interval("hourly", HOUR, 3),))
-    table.configure({"a": DAILY, "b": hourly}, 1, NOW)
+    moved = table.configure({"a": DAILY, "b": hourly}, 1, NOW)
+    assert moved == ["b"]
+    table.reckon_anew(NOW, moved)
     finish(table, "a", NOW)
     assert started(table) == ["b"]
     assert table.jobs["b"].tags == ("hourly",)
