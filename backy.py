@@ -43,6 +43,7 @@ A chapter uses only what stands above it.  Chapters:
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import fcntl
 import gc
@@ -11166,6 +11167,14 @@ def help(args: argparse.Namespace) -> None:
     output((parsers[args.topic] if args.topic else parser).format_help())
 
 
+def drop_unsaid() -> None:
+    """Let what standard error does not take not become the exit status 120 of Python."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+
+
 def repair_descriptors() -> None:
     """Let no file of ours become descriptor 0, 1 or 2 because one of them was closed.
 
@@ -11178,6 +11187,7 @@ def repair_descriptors() -> None:
             os.open("/dev/null", flags)  # takes the lowest free number
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+    atexit.register(drop_unsaid)
 
 
 def same_file(path: str | int, fd: int) -> bool:

@@ -598,6 +598,23 @@ def test_a_full_disk_behind_standard_output_is_an_error(history):
     assert done.stderr == "backy: cannot write to standard output: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["backup", "manual:x"], 0),
+        (["find", "-r", "x"], 1),
+        (["nonsense"], 1),
+        (["check", "-?"], 3),
+    ],
+)
+def test_a_full_disk_behind_standard_error_changes_no_status(plain_job, words, status):
+    with open("/dev/full", "wb") as full:
+        done = backy_process(
+            "-b", plain_job, *words, capture_output=False, stdout=subprocess.PIPE, stderr=full
+        )
+    assert done.returncode == status
+
+
 @pytest.mark.parametrize("words", [["status"], ["--help"], ["help", "status"]])
 def test_a_reader_that_went_away_ends_it_quietly(history, words):
     reading, writing = os.pipe()

@@ -51,7 +51,7 @@ import stat
 import sys
 
 if sys.version_info < (3, 8):
-    sys.stderr.write(
+    sys.stderr and sys.stderr.write(
         "backy: UNKNOWN - needs Python 3.8 or newer, this is %d.%d (%s)\n"
         % (sys.version_info[0], sys.version_info[1], sys.executable)
     )
