@@ -8799,7 +8799,7 @@ class Scheduler(ShellHost):
         moved = self.timetable.configure(schedules, self.settings.worker_limit, now)
         self.reckon_anew(moved)
         self.forget_removed()
-        new = [name for name in jobs if name not in self.histories]
+        new = [name for name in jobs if name not in self.histories and name not in self.silent]
         self.unread = set(new)
         self.unread_until = time.monotonic() + UNREAD
         self.look_at_all(new)
@@ -9051,17 +9051,18 @@ class Scheduler(ShellHost):
         """Do something in the directory of a run, which is over if that does not answer."""
 
         def answered(result: Any) -> None:
+            self.silent.discard(run.name)
             if self.runs.get(run.name) is run:
                 done(run, result)
                 return
             undo(result)
-            self.silent.discard(run.name)
             self.look_at(run.name)
 
         def hung() -> None:
             if self.runs.get(run.name) is run:
                 self.fall_silent(run.name)
-                self.over(run, SILENT)
+                if run.child is None:
+                    self.over(run, SILENT)
 
         self.clerk.submit(0, work, answered, hung, patience=5)  # a directory may be large
 

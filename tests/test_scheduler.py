@@ -910,6 +910,9 @@ def test_a_job_whose_directory_hangs_fails_and_leaves_its_slot(daemon, names):
     if names == ["prepare_directory"]:
         assert (row["failures"], row["last_error"]) == (1, backy.SILENT)
     daemon.until(lambda: daemon.status()["dead"]["scheduler"]["running"] == 0)
+    daemon.configure(worker_limit=3)
+    daemon.send(signal.SIGHUP)
+    daemon.until(lambda: daemon.status()["dead"]["scheduler"]["worker_limit"] == 3)
     switch.unlink()
     daemon.row("dead", problem="-")
     assert daemon.stop() == 0
