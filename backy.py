@@ -66,7 +66,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Callable, ClassVar, Iterable, Iterator, NamedTuple, NoReturn, Tuple
 from typing import Sequence as ListLike
 
@@ -1579,15 +1579,15 @@ class Schedule:
     name: str
     intervals: tuple[Interval, ...]
 
-    @property
+    @cached_property
     def shortest(self) -> timedelta:
         return min(one.every for one in self.intervals)
 
-    @property
+    @cached_property
     def longest(self) -> timedelta:
         return max(one.every for one in self.intervals)
 
-    @property
+    @cached_property
     def tags(self) -> tuple[str, ...]:
         return tuple(one.tag for one in self.intervals)
 
@@ -7090,8 +7090,9 @@ class Timetable:
 
     def new(self, name: str, schedule: Schedule, now: datetime) -> TimedJob:
         job = TimedJob(name, schedule, now)
-        with suppress(KeyError, TypeError, ValueError, OverflowError):
-            job.recall(self.absent[name], now)
+        if name in self.absent:
+            with suppress(KeyError, TypeError, ValueError, OverflowError):
+                job.recall(self.absent[name], now)
         return job
 
     def count(self) -> None:
