@@ -8178,16 +8178,19 @@ def find_children(base: str | int) -> Iterator[tuple[str, str, int, datetime]]:
                 is_ours = os.fstat(file.fileno()).st_uid == os.geteuid()
             if mark not in words or not is_ours or os.getpgid(int(name)) != int(name):
                 continue
-            (directory,) = [word for word in words if word.startswith(b"BACKY_JOB=")]
+            (directory,) = [word[10:] for word in words if word.startswith(b"BACKY_JOB=")]
             with open(f"/proc/{name}/cmdline", "rb") as file:
-                step = "backup" if b"backup" in file.read().split(b"\0") else "expire"
+                command = file.read().split(b"\0")
+            steps = [step for step in ("backup", "expire") if step.encode() in command]
+            if directory not in command or not steps:
+                continue  # something that a child has started
             with open(f"/proc/{name}/stat", "rb") as file:
                 ticks = int(file.read().rpartition(b")")[2].split()[19])
         except (OSError, ValueError, IndexError):
             continue  # it has just ended, or belongs to somebody else
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         since = datetime.now(UTC) - timedelta(seconds=max(0.0, age))
-        yield os.path.basename(os.fsdecode(directory)), step, int(name), since
+        yield os.path.basename(os.fsdecode(directory)), steps[0], int(name), since
 
 
 # -- the disk -------------------------------------------------------------------

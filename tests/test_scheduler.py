@@ -782,23 +782,26 @@ def test_what_a_killed_scheduler_has_left_is_found_however_the_directory_is_spel
     assert daemon.stop() == 0
 
 
-def test_a_process_of_another_user_is_no_child_of_ours(tmp_path):
+def test_processes_of_others_or_of_a_child_are_no_children_of_ours(tmp_path):
     need_root()
     environment = {"BACKY_BASE": backy.identity_of(str(tmp_path)), "BACKY_JOB": "/x/vm1"}
-    words = ["setpriv", "--reuid=65534", "--clear-groups", "--regid=65534", "sleep", "100"]
-    mine, other = (
-        subprocess.Popen(
-            command, env={**environment, "PATH": "/usr/bin:/bin"}, start_new_session=True
+    environment["PATH"] = "/usr/bin:/bin"
+    sleep = ["sh", "-c", "sleep 100; exit"]
+    mine, *others = (
+        subprocess.Popen(command, env=environment, start_new_session=True)
+        for command in (
+            [*sleep, "-b", "/x/vm1", "backup", "a"],
+            ["setpriv", "--reuid=65534", "--clear-groups", *sleep, "-b", "/x/vm1", "backup", "a"],
+            [*sleep, "something", "that", "a", "child", "has", "started"],
         )
-        for command in (["sleep", "100"], words)
     )
     try:
-        time.sleep(0.3)
-        found = [(name, pid) for name, _, pid, _ in backy.find_children(str(tmp_path))]
-        assert found == [("vm1", mine.pid)]
+        time.sleep(0.5)
+        found = [(name, step, pid) for name, step, pid, _ in backy.find_children(str(tmp_path))]
+        assert found == [("vm1", "backup", mine.pid)]
     finally:
-        for one in (mine, other):
-            one.kill()
+        for one in (mine, *others):
+            os.killpg(one.pid, signal.SIGKILL)
             one.wait()
 
 
