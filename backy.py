@@ -8242,12 +8242,16 @@ class Clerk:
         self.busy: set[Task] = set()
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         loop.watch(self.read_fd, READABLE, lambda _: self.deliver())
-        self.engage()
+        self.task: Task | None = None  # what the thread is at
+        self.thread: threading.Thread | None = None
+        with self.condition:
+            self.engage()
 
     def engage(self) -> None:
-        self.task: Task | None = None  # what the thread is at
-        self.thread: threading.Thread | None = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
+        """Begin with a new thread.  Raises RuntimeError if there can be none."""
+        thread = threading.Thread(target=self.work, daemon=True)
+        thread.start()  # it waits for the condition, which is held
+        self.thread, self.task = thread, None
 
     def submit(
         self,
@@ -8320,7 +8324,8 @@ class Clerk:
         with self.condition:
             task = self.task
             if self.is_held_up and now - task.began > self.SHORT and len(self.busy) < self.MOST:
-                self.engage()
+                with suppress(RuntimeError):  # then the others have to wait
+                    self.engage()
             late = [
                 task for task in self.busy if not task.is_late and now - task.began > task.patience
             ]
