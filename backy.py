@@ -6126,6 +6126,7 @@ DEFAULT_CONFIG = "/etc/backy.conf"
 LEAST_RUNTIME = timedelta(hours=6)
 MOST_REMARKS = 1000  # that are printed
 FSTAB = "/etc/fstab"
+UNANSWERED = 3.0  # seconds
 MOST_NAMES = 50  # schedules that a message lists
 JOB_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 JOB_NAME_HINT = (
@@ -6572,6 +6573,38 @@ def unmounted_above(directory: str) -> str:
     return ""
 
 
+def look_for(paths: Iterable[str]) -> dict[str, str | None]:
+    """By path, the real path, and None for one that is not there.
+
+    What does not answer, since a file server is gone, is not in the result.
+    """
+    found: dict[str, str | None] = {}
+    left = list(dict.fromkeys(paths))
+
+    def look() -> None:
+        while left:
+            path = left.pop()
+            try:
+                os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                found[path] = None
+                continue
+            except OSError:  # perhaps we may not look there
+                pass
+            found[path] = os.path.realpath(path)
+
+    for _ in range(10):
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        count = -1
+        while thread.is_alive() and len(found) > count:
+            count = len(found)
+            thread.join(UNANSWERED)
+        if not left:
+            break
+    return dict(found)
+
+
 def is_job_directory(path: str) -> bool:
     with suppress(OSError):
         return any(name == "config" or name.endswith(".rev") for name in os.listdir(path))
@@ -6598,6 +6631,7 @@ class Examination:
 
     def __init__(self, configuration: Configuration, settings: Settings) -> None:
         self.configuration, self.settings = configuration, settings
+        self.found: dict[str, str | None] = {}
 
     def run(self) -> None:
         """Add warnings to the remarks of the configuration."""
@@ -6684,12 +6718,17 @@ class Examination:
 
     def sources(self) -> None:
         first: dict[tuple, str] = {}
+        jobs = self.settings.jobs.values()
+        self.found = look_for(job.source[name] for job in jobs for name in self.paths(job))
         for name, job in self.settings.jobs.items():
             key = self.configuration.entries["job"][name].key
             document = self.configuration.entries["job"][name].document
             where = f"job {printable(name)}"
-            for path in self.missing_paths(job):
-                document.warn(key, f"{where}: there is no {printable(path)}")
+            for path in (job.source[name] for name in self.paths(job)):
+                if path not in self.found:
+                    document.warn(key, f"{where}: {printable(path)} does not answer")
+                elif self.found[path] is None:
+                    document.warn(key, f"{where}: there is no {printable(path)}")
             other = first.setdefault(self.identity(job), name)
             if other != name:
                 document.warn(key, f"{where} has the same source as job {printable(other)}")
@@ -6698,21 +6737,12 @@ class Examination:
         options = Source.types()[job.source["type"]].options()
         return [one.name for one in options if one.kind is PATH and one.name in job.source]
 
-    def missing_paths(self, job: JobSettings) -> Iterator[str]:
-        for name in self.paths(job):
-            try:
-                os.stat(job.source[name])
-            except (FileNotFoundError, NotADirectoryError):
-                yield job.source[name]
-            except OSError:  # perhaps we may not look there
-                pass
-
     def identity(self, job: JobSettings) -> tuple:
         """What is equal for two jobs that read the same image."""
         common = {one.name for one in SOURCE_OPTIONS}
         paths = self.paths(job)
         own = (
-            (name, os.path.realpath(text) if name in paths else text)
+            (name, self.found.get(text) or text if name in paths else text)
             for name, text in sorted(job.source.items())
             if name not in common and name != "cow" and not SECRET.search(name)
         )

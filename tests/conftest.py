@@ -207,6 +207,27 @@ def block_device(tmp_path):
         subprocess.run(["losetup", "--detach", device], check=False)
 
 
+@pytest.fixture
+def hung_directory(tmp_path):
+    """A mounted file system whose server never answers."""
+    need_root()
+    path = tmp_path / "hung"
+    path.mkdir()
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as e:
+        pytest.skip(f"no /dev/fuse: {e.strerror}")
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    words = ["mount", "-i", "-t", "fuse", "none", str(path), "-o", options]
+    done = subprocess.run(words, pass_fds=[fd], capture_output=True, text=True, check=False)
+    if done.returncode:
+        os.close(fd)
+        pytest.skip(f"no FUSE: {done.stderr}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+    os.close(fd)
+
+
 # -- the program --------------------------------------------------------------
 
 

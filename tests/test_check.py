@@ -368,27 +368,6 @@ def test_what_no_signal_reaches_is_unknown_in_time(place, monkeypatch):
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL  # it is not left to itself
 
 
-@pytest.fixture
-def hung_directory(tmp_path):
-    """A mounted file system whose server never answers."""
-    need_root()
-    path = tmp_path / "hung"
-    path.mkdir()
-    try:
-        fd = os.open("/dev/fuse", os.O_RDWR)
-    except OSError as e:
-        pytest.skip(f"no /dev/fuse: {e.strerror}")
-    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
-    words = ["mount", "-i", "-t", "fuse", "none", str(path), "-o", options]
-    done = subprocess.run(words, pass_fds=[fd], capture_output=True, text=True, check=False)
-    if done.returncode:
-        os.close(fd)
-        pytest.skip(f"no FUSE: {done.stderr}")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-    os.close(fd)
-
-
 @pytest.mark.root
 def test_hung_file_system_is_unknown_in_time(hung_directory, place):
     place.configure(["a"], f"    status-file: {hung_directory}/status\n")

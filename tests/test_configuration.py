@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import COMPILED, PROGRAM, need_root, write_image
+from conftest import COMPILED, PROGRAM, backy_process, need_root, write_image
 
 import backy
 
@@ -750,6 +750,18 @@ def test_a_source_that_is_not_there_is_noticed(clean, run):
     path, base = clean
     (base / "test02.img").unlink()
     assert warnings(run, path) == [f"job test02: there is no {base}/test02.img"]
+
+
+@pytest.mark.root
+def test_a_source_that_does_not_answer_is_noticed_and_holds_up_nothing(clean, hung_directory):
+    path, base = clean
+    path.write_text(path.read_text().replace(f"{base}/test01.img", f"{hung_directory}/test01.img"))
+    started = time.monotonic()
+    done = backy_process("check-config", "-c", path, timeout=60)
+    assert done.returncode == 0
+    assert f"{hung_directory}/test01.img does not answer" in done.stderr
+    assert "test02" not in done.stderr
+    assert time.monotonic() - started < 30
 
 
 def test_directories_of_no_job_are_noticed(clean, run):
