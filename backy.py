@@ -8149,7 +8149,7 @@ def child_environment(directory: str, base: str) -> dict[str, str]:
 
 def child_command(directory: str, *words: str) -> list[str]:
     place = ("-b", directory, "-l", os.path.join(directory, "backy.log"))
-    return [sys.executable, "-I", PROGRAM, *place, *words]
+    return [sys.executable, "-I", "-S", PROGRAM, *place, *words]
 
 
 class Child:
@@ -9468,7 +9468,7 @@ def explain_run(run: Run, schedule: Schedule) -> str:
     if moment != run.moment:
         return run.reason
     spans = [format_time_span(one.every) for one in schedule.intervals if one.tag in tags]
-    return f"{run.reason} (every {', '.join(spans)}; spread {format_clock(spread)})"
+    return f"{run.reason} (every {', '.join(spans)}; spread {timedelta(seconds=spread)})"
 
 
 def load_remembered(base_dir: str) -> dict[str, Any]:

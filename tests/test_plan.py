@@ -67,10 +67,10 @@ def test_the_runs_of_a_new_job_are_the_regular_ones():
         now = moment
     assert sum("weekly" in run.tags for run in runs) in (6, 7)
     assert explain_run(runs[0], THREE) == (
-        "regular time of daily; never backed up before (every 1d; spread 177:31:32)"
+        "regular time of daily; never backed up before (every 1d; spread 7 days, 9:31:32)"
     )
     assert explain_run(runs[4], THREE) == (
-        "regular time of daily, weekly (every 1d, 7d; spread 177:31:32)"
+        "regular time of daily, weekly (every 1d, 7d; spread 7 days, 9:31:32)"
     )
 
 

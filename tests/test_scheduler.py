@@ -281,8 +281,8 @@ def test_nothing_is_written_where_the_base_directory_is_gone(tmp_path):
 
 def test_the_command_of_a_child_is_absolute_and_isolated():
     words = backy.child_command("/srv/backy/vm1", "backup", "daily")
-    assert words[:3] == [sys.executable, "-I", str(PROGRAM)]
-    assert words[3:] == [
+    assert words[:4] == [sys.executable, "-I", "-S", str(PROGRAM)]
+    assert words[4:] == [
         "-b", "/srv/backy/vm1", "-l", "/srv/backy/vm1/backy.log", "backup", "daily"
     ]  # fmt: skip
 
