@@ -5195,6 +5195,7 @@ class Dedup:
         self.dry_run = dry_run
         self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
         self.blocks = self.shared = self.damaged = 0
+        self.found = self.looked_at = 0  # bytes of equal blocks, and how far we are with them
         self.moved: set[int] = set()  # the images that may lie on other extents now
 
     def run(self) -> None:
@@ -5207,8 +5208,13 @@ class Dedup:
             self.collect(digests, buckets)
             for records in digests.sorted():
                 self.match(records, matches)
-            for records in matches.sorted():
-                self.share(records)
+            with Progress("sharing", self.found) as progress:
+                for records in matches.sorted():
+                    for run in self.runs(records):
+                        self.share_run(*run)
+                        self.looked_at += run[-1]
+                        progress.reach(self.looked_at)
+                        progress.tick()
 
     def forget_state(self, number: int) -> None:
         """Nobody has verified the extents on which this image will lie; said before it moves."""
@@ -5263,26 +5269,28 @@ class Dedup:
             if first is None or digest != first[0]:
                 first = digest, number, offset
                 continue
+            self.found += BLOCK
             region = (number * 31 + offset // self.REGION) % 256  # few files; sorting does the rest
             matches.add(region, found_match.pack(number, offset, first[1], first[2]))
 
-    def share(self, records: list[bytes]) -> None:
-        """Share these blocks of one image, neighbours together."""
-        run: list[int] = []  # number, offset, other, other offset, length
+    @staticmethod
+    def runs(records: list[bytes]) -> Iterator[tuple[int, int, int, int, int]]:
+        """Image, offset, other image, other offset, length: neighbours that belong together."""
+        run: tuple[int, int, int, int, int] | None = None
         for record in records:
             number, offset, other, place = found_match.unpack(record)
-            follows = run and (run[0], run[2]) == (number, other) and run[4] < 16 * MiB
-            if follows and run[1] + run[4] == offset and run[3] + run[4] == place:
-                run[4] += BLOCK
-                continue
-            self.share_run(run)
-            run = [number, offset, other, place, BLOCK]
-        self.share_run(run)
+            if run and run[4] < 16 * MiB:
+                follows = run[0], run[1] + run[4], run[2], run[3] + run[4]
+                if follows == (number, offset, other, place):
+                    run = (*run[:4], run[4] + BLOCK)
+                    continue
+            if run:
+                yield run
+            run = number, offset, other, place, BLOCK
+        if run:
+            yield run
 
-    def share_run(self, run: list[int]) -> None:
-        if not run:
-            return
-        number, offset, other, place, length = run
+    def share_run(self, number: int, offset: int, other: int, place: int, length: int) -> None:
         image, origin = self.open(number), self.open(other)
         if image is None or origin is None:
             return
