@@ -16,11 +16,15 @@ A chapter uses only what stands above it.  Chapters:
     Schedule       when a job is next due, and when it is late
     Kernel         clone, punch, find data, pass by the page cache
     Files          replace durably, lock, sync
+    Programs       run other programs, and wait for none of them for ever
     Images         read, compare, write and hash images, by several threads
     Digests        the file beside an image that vouches for its bytes
     Revisions      one revision and its metadata
     Repository     all revisions of one job: find, create, remove
     Sources        what a source must do; plain files and block devices
+    Ceph           the rbd commands, the diff stream, the source
+    Flying Circus  a Ceph source whose snapshots are asked for through Consul
+    Plug-ins       sources that are programs of their own
     Progress       how far it is, for the person who waits
     Checks         an image read while it is held against its digests
     Repair         sound copies of bad blocks, found and put in their place
@@ -1248,7 +1252,8 @@ def choice(*words: str) -> Kind:
             raise ValueError(f"{text!r} is none of {words}")
         return text
 
-    return Kind(f"is {' or '.join(words)}", parse)
+    *most, last = words
+    return Kind(f"is {', '.join(most)} or {last}" if most else f"is {last}", parse)
 
 
 def parse_boolean(text: str) -> bool:
@@ -2133,6 +2138,205 @@ def take_lock(fd: int, exclusive: bool = True, wait: bool = False) -> bool:
     return True
 
 
+# ==== Programs ===============================================================
+#
+# Other programs, for sources: without a shell or a terminal, with a clean environment,
+# and with an end to all waiting.  What a program says is hostile until it is proven:
+# its output has a limit, its words are shortened and made fit to print.
+
+PASSED_ON = frozenset(
+    ("HOME", "LANG", "LC_ALL", "TZ", "CEPH_ARGS", "CEPH_CONF", "CEPH_CLUSTER", "CEPH_KEYRING")
+) | {"CONSUL_HTTP_ADDR"}
+MOST_OUTPUT = 16 * MiB
+MOST_WORDS = 64 * KiB  # of what a program says on standard error; the end of it counts
+PROGRESS = re.compile(r"\d+% complete")
+
+
+class ProgramFailed(BackyError):
+    """A program did not do its work; `code` is its exit status, None if it was ended or never ran.
+
+    The message has its own words.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def own_words(said: bytes) -> str:
+    """The last lines of what a program said, one behind the other, without its progress."""
+    lines = [line.strip() for line in re.split("[\r\n]+", said.decode("utf-8", "replace"))]
+    lines = [line for line in lines if line and not PROGRESS.search(line)]
+    return printable("; ".join(lines[-3:])[-500:])
+
+
+def program_environment(**more: str) -> dict[str, str]:
+    """What a program gets of our environment: nothing that changes how it is loaded."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or name.startswith("BACKY_")
+    }
+    return {"PATH": os.environ.get("PATH", os.defpath), **kept, **more}
+
+
+class Program:
+    """A program while it runs, its output read as it comes.
+
+    It is killed, with all that it has started, when nothing comes for `patience` seconds
+    on either of its outputs, when it has run for `limit` seconds, or when we leave.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        patience: float,
+        limit: float = math.inf,
+        stdin: bytes = b"",
+        **environment: str,
+    ) -> None:
+        self.words, self.patience, self.limit, self.stdin = words, patience, limit, stdin
+        self.environment = environment
+        self.said = b""  # the end of its standard error
+        self.name = printable(" ".join(words))[:300]
+
+    def __enter__(self) -> Program:
+        import select
+        import subprocess
+        import tempfile
+
+        log.debug("$ %s", self.name)
+        with tempfile.TemporaryFile() as stdin:  # not a pipe: nobody need wait for anybody
+            stdin.write(self.stdin)
+            stdin.seek(0)
+            try:
+                self.process = subprocess.Popen(
+                    self.words,
+                    stdin=stdin,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    env=program_environment(**self.environment),
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as e:
+                reason = getattr(e, "strerror", None) or e
+                raise ProgramFailed(f"cannot start {self.name}: {printable(reason)}") from e
+        self.out_fd, self.err_fd = self.process.stdout.fileno(), self.process.stderr.fileno()
+        widen_pipe(self.out_fd)
+        self.poll = select.poll()
+        for fd in (self.out_fd, self.err_fd):
+            self.poll.register(fd, select.POLLIN)
+        self.open = {self.out_fd, self.err_fd}
+        self.deadline = time.monotonic() + self.limit
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(Exception):  # one that cannot be killed is waited for by init
+                self.process.wait(10)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def await_output(self) -> set[int]:
+        """The outputs on which there is something, or the end.  Raises ProgramFailed in time."""
+        now = time.monotonic()
+        until = min(now + self.patience, self.deadline)
+        while now < until:
+            ready = self.poll.poll(min(until - now, 3600) * 1000)
+            if ready:
+                return {fd for fd, _ in ready}
+            now = time.monotonic()
+        self.give_up()
+
+    def give_up(self) -> NoReturn:
+        words = own_words(self.said)
+        is_late = time.monotonic() >= self.deadline
+        what = "takes too long" if is_late else f"stands still for {self.patience:g} s"
+        raise ProgramFailed(f"{self.name} {what}{f': {words}' if words else ''}")
+
+    def read(self, view: memoryview) -> int:
+        """Put what comes next to the start of `view`; how much that is, 0 at the end."""
+        while True:
+            ready = self.await_output()
+            if self.err_fd in ready:
+                self.listen()
+            if self.out_fd in ready:
+                got = os.readv(self.out_fd, [view])
+                if not got:
+                    self.leave(self.out_fd)
+                return got
+
+    def read_whole(self, view: memoryview) -> None:
+        """Fill `view`.  Raises EOFError where the output ends before that."""
+        while len(view):
+            got = self.read(view[:MiB])
+            if not got:
+                raise EOFError
+            view = view[got:]
+
+    def leave(self, fd: int) -> None:
+        self.poll.unregister(fd)
+        self.open.discard(fd)
+
+    def listen(self) -> None:
+        piece = os.read(self.err_fd, MOST_WORDS)
+        if not piece:
+            self.leave(self.err_fd)
+        self.said = (self.said + piece)[-MOST_WORDS:]
+
+    def finish(self) -> None:
+        """Wait for the end.  Raises ProgramFailed unless that is all, and the status 0."""
+        if self.out_fd in self.open and self.read(memoryview(bytearray(1))):
+            raise ProgramFailed(f"{self.name}: there is more than its end")
+        alive = time.monotonic()
+        while self.process.poll() is None:
+            if self.err_fd not in self.open:
+                time.sleep(0.005)
+            elif self.poll.poll(50):
+                self.listen()
+                alive = time.monotonic()
+            if time.monotonic() > min(alive + self.patience, self.deadline):
+                self.give_up()
+        while self.err_fd in self.open and self.poll.poll(0):
+            self.listen()
+        code = self.process.returncode
+        if code:
+            how = f"exit status {code}" if code > 0 else f"ended by signal {-code}"
+            words = own_words(self.said)
+            shown = f"{self.name}: {words} ({how})" if words else f"{self.name}: {how}"
+            raise ProgramFailed(shown, code)
+
+
+def run_program(
+    *words: str, limit: float, stdin: bytes = b"", most: int = MOST_OUTPUT, **environment: str
+) -> bytes:
+    """What the program prints; raises ProgramFailed, also for more than `most` bytes."""
+    with Program(*words, patience=limit, limit=limit, stdin=stdin, **environment) as program:
+        output, piece = bytearray(), memoryview(bytearray(64 * KiB))
+        while True:
+            got = program.read(piece)
+            if not got:
+                break
+            output += piece[:got]
+            if len(output) > most:
+                raise ProgramFailed(f"{program.name}: prints more than {format_size(most)}")
+        program.finish()
+        return bytes(output)
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Raises BackyError for what is no JSON, in all the ways in which it can be none."""
+    import json
+
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise BackyError(f"{what} is no JSON: {printable(e)[:200]}") from e
+
+
 # ==== Images =================================================================
 #
 # An image is read in units, by several threads, each with buffers of its own;
@@ -2717,6 +2921,17 @@ class Revision:
     @property
     def is_complete(self) -> bool:
         return self.duration is not None
+
+    def stat(self, key: str) -> Any:
+        """What `stats` has for a key, as it was written or read; None if nothing."""
+        value = self.stats.get(key)
+        return resolve(value) if isinstance(value, Node) else value
+
+    @property
+    def share_seen(self) -> float | None:
+        """How much of the image was found right when it was made; None if that is not known."""
+        seen = self.stat("bytes_verified")
+        return min(1.0, seen / self.size) if isinstance(seen, int) and self.size else None
 
     @property
     def is_good(self) -> bool:
@@ -3357,22 +3572,188 @@ class Repository:
 # the rest of the program knows of it.
 
 
-class Still:
-    """An image that is being backed up: its reader, and whether it has changed since."""
+class Changes:
+    """What has changed in a source since a revision, from its beginning to its end, once."""
 
-    def __init__(self, name: str, size: int, reader: Reader, state: str = "") -> None:
+    in_order = True  # whether the units must be read one after the other
+    bytes_read = 0
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of what may have changed, in order."""
+        raise NotImplementedError
+
+    def read(self, view: memoryview, offset: int, length: int) -> list[Span]:
+        """Put what has changed of this unit to its places in `view`; these places, in order."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Raise BackyError unless that was all, and can be relied on."""
+
+
+def whole_blocks(extents: Iterable[tuple[int, int]], size: int) -> list[Span]:
+    """(start, end) of the blocks that these (offset, length) touch, in an image of `size` bytes."""
+    touched = ((at - at % BLOCK, -(-(at + length) // BLOCK) * BLOCK) for at, length in extents)
+    joined = join_ranges((start, end - start) for start, end in touched)
+    return [(start, min(start + length, size)) for start, length in joined if start < size]
+
+
+class ListedChanges(Changes):
+    """Blocks that are read from an image which can be read anywhere."""
+
+    in_order = False
+
+    def __init__(self, reader: Reader, spans: list[Span]) -> None:
+        self.reader, self.spans = reader, spans
+        self.starts = [start for start, _ in self.spans]
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        return iter(self.spans)
+
+    def read(self, view: memoryview, offset: int, length: int) -> list[Span]:
+        covered = []
+        for start, end in self.spans[max(0, bisect_right(self.starts, offset) - 1) :]:
+            if start >= offset + length:
+                break
+            first, last = max(start, offset) - offset, min(end, offset + length) - offset
+            if first < last:
+                self.reader.read(view[first:], offset + first, last - first)
+                covered.append((first, last))
+        self.bytes_read = self.reader.bytes_read
+        return covered
+
+
+class PipedChanges(Changes):
+    """Extents whose bytes come through a pipe, one after the other."""
+
+    def __init__(self, program: Program, size: int) -> None:
+        self.program, self.size = program, size
+        self.records = self.parse()
+        self.start, self.end, self.is_zero = 0, 0, True  # what is left of the present extent
+
+    def parse(self) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, whether all is zeros) of each extent, ascending; bytes are taken between."""
+        raise NotImplementedError
+
+    def refuse(self, what: str) -> NoReturn:
+        raise BackyError(f"{self.program.name}: {what}")
+
+    def take(self, view: memoryview) -> None:
+        """Fill `view`; where the pipe ends too soon the program's own words come first."""
+        try:
+            self.program.read_whole(view)
+        except EOFError:
+            self.program.finish()
+            self.refuse("its output ends too soon")
+        self.bytes_read += len(view)
+
+    def is_over(self) -> bool:
+        """Whether there is no extent left; goes on to the next when the present one is read."""
+        while self.start >= self.end:
+            record = next(self.records, None)
+            if record is None:
+                return True
+            self.start, self.end, self.is_zero = record
+        return False
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        while not self.is_over():
+            yield self.start, self.end
+
+    def read(self, view: memoryview, offset: int, length: int) -> list[Span]:
+        covered = []
+        while not self.is_over() and self.start < offset + length:
+            if self.start < offset:
+                raise ValueError(f"extent at {self.start} was passed by")
+            end = min(self.end, offset + length)
+            part = view[self.start - offset : end - offset]
+            if self.is_zero:
+                part[:] = ZEROS[: len(part)]
+            else:
+                self.take(part)
+            covered.append((self.start - offset, end - offset))
+            self.start = end
+        return covered
+
+    def finish(self) -> None:
+        if not self.is_over():
+            self.refuse("there is more than was read of it")
+        self.program.finish()
+
+
+class PipeReader:
+    """Reads an image that a program prints, from its beginning on; starts it when needed."""
+
+    def __init__(self, start: Callable[[], Program], size: int) -> None:
+        self.start, self.size, self.bytes_read = start, size, 0
+        self.program: Program | None = None
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        yield 0, self.size
+
+    def read(self, view: memoryview, offset: int, length: int) -> None:
+        """Only what comes next can be read.  Raises BackyError where the output ends too soon."""
+        if self.program is None:
+            self.program = self.start()
+        if offset != self.bytes_read:
+            raise ValueError(f"offset {offset} is not next, but {self.bytes_read}")
+        try:
+            self.program.read_whole(view[:length])
+        except EOFError:
+            self.program.finish()
+            short = f"its output ends before {self.size} bytes"
+            raise BackyError(f"{self.program.name}: {short}") from None
+        self.bytes_read += length
+
+    def finish(self) -> None:
+        """Raise BackyError unless the program has printed just this image, and ended well."""
+        if self.program:
+            self.program.finish()
+
+
+class Still:
+    """An image that is being backed up: its reader, and what else its source knows of it."""
+
+    in_order = False  # whether the reader can only go from the beginning to the end
+
+    def __init__(self, name: str, size: int, reader: Reader | None, state: str = "") -> None:
         """`state` names this very content; an interrupted run goes on where it is the same."""
-        self.name, self.size, self.reader, self.state = name, size, reader, state
+        self.name, self.size, self.state = name, size, state
+        if reader is not None:
+            self.reader = reader
 
     def check(self) -> None:
         """Raise BackyError when the image is no longer what it was."""
 
+    def finish(self) -> None:
+        """Raise BackyError unless all that was read can be relied on."""
+
+    def knows(self, revision: Revision) -> bool:
+        """Whether changes since this revision can be asked for."""
+        return False
+
+    def changes(self, revision: Revision, stack: ExitStack) -> Changes | str:
+        """What has changed since a revision that it knows, or why that cannot be said."""
+        return ""
+
+    def sample(self, spans: Iterable[Span]) -> Iterator[tuple[int, memoryview]]:
+        """The offset and the bytes of these parts, in pieces; read anew from the source."""
+        view = memoryview(mmap.mmap(-1, UNIT))
+        for start, end in spans:
+            for offset in range(start, end, UNIT):
+                length = min(UNIT, end - offset)
+                self.reader.read(view, offset, length)
+                yield offset, view[:length]
+
 
 class VerifyMode(Enum):
-    """How a backup is proven: by reading the previous image too, or only what was written."""
+    """How a backup is proven: by reading the previous image too, or only what was written.
+
+    With SAMPLE what the source says is unchanged is not even read, but for a sample.
+    """
 
     FULL = "full"
     WRITTEN = "written"
+    SAMPLE = "sample"
 
 
 INTERVAL_OPTIONS = (
@@ -3382,14 +3763,25 @@ INTERVAL_OPTIONS = (
 
 SOURCE_OPTIONS = (
     Option("type", TEXT, None, "the type of source"),
-    Option("verify", choice("full", "written"), "full", "how a backup is proven"),
+    Option("verify", choice("full", "written", "sample"), "full", "how a backup is proven"),
     Option(
         *("rewrite-above", number(0, 10**12 - 1, "is a number of extents"), "100000"),
         "an image in more extents is written anew; 0: never",
     ),
-    Option("full-always", BOOLEAN, "no", "of backy 2.x, without effect"),
+    Option("sample-time", TIME_SPAN, "5m", "how long samples are compared"),
+    Option("full-always", BOOLEAN, "no", "read all, whatever the source says of changes"),
     Option("backend", choice("cowfile"), "cowfile", "of backy 2.x: how revisions are kept"),
 )
+
+
+DEFAULT_TIMEOUT = timedelta(seconds=60)
+TIMEOUT = Option("timeout", TIME_SPAN, "60", "when a program that stands still is given up")
+
+
+def types_below(kind: type[Source]) -> Iterator[tuple[str, type[Source]]]:
+    for one in kind.__subclasses__():
+        yield from ((name, one) for name in (one.type, *one.aliases))
+        yield from types_below(one)
 
 
 @dataclass(frozen=True)
@@ -3397,17 +3789,28 @@ class Source:
     """Where images come from.  Naming a `type` registers it."""
 
     type = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    keeps = False  # whether its snapshots stay, to tell later what has changed
     keys: ClassVar[tuple[Option | str, ...]] = ()  # beside SOURCE_OPTIONS; a str is optional text
 
     @classmethod
     def types(cls) -> dict[str, type[Source]]:
-        return {one.type: one for one in Source.__subclasses__()}
+        return dict(types_below(Source))
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
         """The table of a source of this type."""
         own = (Option(key, TEXT) if isinstance(key, str) else key for key in cls.keys)
-        return (*SOURCE_OPTIONS, *own)
+        defaults = {"verify": "sample"} if cls.keeps else {}
+        common = (
+            replace(one, default=defaults.get(one.name, one.default)) for one in SOURCE_OPTIONS
+        )
+        return (*common, *own)
+
+    @classmethod
+    def options_for(cls, names: Iterable[str]) -> tuple[Option, ...]:
+        """The table of a source for which these keys are given."""
+        return cls.options()
 
     @classmethod
     def parse(cls, words: str) -> dict[str, str]:
@@ -3420,8 +3823,23 @@ class Source:
 
     @contextmanager
     def snapshot(self, name: str) -> Iterator[Still]:
+        """Hold the image still for revision `name`; a failure inside leaves no snapshot."""
         raise NotImplementedError
         yield
+
+    @contextmanager
+    def reopen(self, revision: Revision) -> Iterator[Still]:
+        """What a revision is to be compared with: its own snapshot, or the image as it is now."""
+        with self.snapshot(new_id()) as still:
+            yield still
+
+    def snapshot_name(self, name: str) -> str:
+        """What the snapshot of revision `name` is called when it is to be removed."""
+        return ""
+
+    def release(self, names: Iterable[str]) -> list[str]:
+        """Remove these snapshots; those that stay, each with a warning."""
+        return []
 
 
 class SourceChanged(BackyError):
@@ -3589,7 +4007,7 @@ def read_source(document: Document, node: Node, where: str, at: Node) -> dict[st
     if kind is None:
         return {}
     faults = len(document.remarks)
-    values = document.section(node, kind.options(), where, at)
+    values = document.section(node, kind.options_for(node.entries), where, at)
     if any(remark.is_error for remark in document.remarks[faults:]):
         return {}
     try:
@@ -3607,6 +4025,8 @@ class Job:
     source: Source
     verify: VerifyMode
     rewrite_above: int  # extents; 0 is never
+    sample_time: timedelta = timedelta(minutes=5)
+    full_always: bool = False
     schedule: Schedule | None = None
 
 
@@ -3627,8 +4047,9 @@ def read_job(document: Document, root: Node) -> Job:
         if remark.is_error:
             raise ConfigError(remark.text, "; ".join(remark.hints))
     source = Source.types()[values["type"].value].load(texts_of(values))
-    limit = values["rewrite-above"].value
-    return Job(source, VerifyMode(values["verify"].value), limit, schedule)
+    mode = VerifyMode(values["verify"].value)
+    limit, time_limit = values["rewrite-above"].value, values["sample-time"].value
+    return Job(source, mode, limit, time_limit, values["full-always"].value, schedule)
 
 
 def read_config(repository: Repository, hint: str = "") -> tuple[Document, Node]:
@@ -3677,6 +4098,842 @@ def initialise(path: str, kind: str, words: str) -> None:
             replace_file(dir_fd, "config", format_yaml(config, flow=True).encode(), 0o600)
     finally:
         close(dir_fd)
+
+
+# ==== Ceph ===================================================================
+#
+# Images of Ceph's block devices (RBD), by the program `rbd` alone.  A revision has a
+# snapshot of the same id, from which the next one learns what has changed.  A diff says
+# more than has changed, never less, but for zeros: what is written is decided by comparing.
+#
+# Life of a snapshot:  noted in the job's directory  ->  created  ->  read  ->  revision
+# complete  ->  reference for the next one  ->  removed when that is complete.
+
+NOT_THERE = 2  # ENOENT, as the exit status of rbd
+MANY_OBJECTS = 10_000  # from here on it takes long to ask each of them for what has changed
+LONGEST_NAME = 4 * KiB
+DIFF_HEADER = b"rbd diff v1\n"
+CEPH_NAME = re.compile(r"[^-/@\s][^/@]{0,250}")
+CEPH_SNAPSHOT = re.compile(r"([^-@\s][^@]*)@(backy-[\w-]{1,64})", re.ASCII)
+
+
+class DiffStream(PipedChanges):
+    """What `rbd export-diff` prints: doc/dev/rbd-diff.rst in Ceph's sources, version 1.
+
+    A diff is refused unless it begins with the names and the size that it must have,
+    its extents ascend within that size, and it comes to its end.
+    """
+
+    def __init__(self, program: Program, size: int, older: str, newer: str) -> None:
+        super().__init__(program, size)
+        self.names = {b"f": older, b"t": newer}
+
+    def number(self, size: int) -> int:
+        data = bytearray(size)
+        self.take(memoryview(data))
+        return int.from_bytes(data, "little")
+
+    def tag(self) -> bytes:
+        data = bytearray(1)
+        self.take(memoryview(data))
+        return bytes(data)
+
+    def parse(self) -> Iterator[tuple[int, int, bool]]:
+        header = bytearray(len(DIFF_HEADER))
+        self.take(memoryview(header))
+        if header != DIFF_HEADER:
+            self.refuse(f"no diff begins with {bytes(header)!r}")
+        tag = self.parse_head()
+        at = 0
+        while tag in (b"w", b"z"):
+            start, length = self.number(8), self.number(8)
+            if start < at:
+                self.refuse(f"an extent at {start} comes behind what ends at {at}")
+            at = start + length
+            if at > self.size:
+                self.refuse(f"an extent ends at {at}, the image at {self.size}")
+            yield start, at, tag == b"z"
+            tag = self.tag()
+        if tag != b"e":
+            self.refuse(f"unknown or misplaced record {tag!r}")
+
+    def parse_head(self) -> bytes:
+        """Check what says which diff this is; the tag behind."""
+        missing = {b"f", b"t", b"s"}
+        while True:
+            tag = self.tag()
+            if tag not in missing:
+                break
+            missing.remove(tag)
+            if tag == b"s":
+                size = self.number(8)
+                if size != self.size:
+                    self.refuse(f"it is for {size} bytes, and the image has {self.size}")
+                continue
+            length = self.number(4)
+            if length > LONGEST_NAME:
+                self.refuse(f"the name of a snapshot has {length} bytes")
+            name = bytearray(length)
+            self.take(memoryview(name))
+            if bytes(name) != self.names[tag].encode():
+                self.refuse(f"it is about {bytes(name)!r}, not {self.names[tag]!r}")
+        if missing:
+            self.refuse(f"record {tag!r} comes before {b' '.join(sorted(missing))!r}")
+        return tag
+
+
+class RBD:
+    """The commands that are needed for one image, POOL/IMAGE or POOL/NAMESPACE/IMAGE."""
+
+    def __init__(self, image: str, timeout: timedelta) -> None:
+        self.image, self.timeout, self.patience = image, timeout, timeout.total_seconds()
+        self.program = os.environ.get("BACKY_RBD") or "rbd"
+        waits = ("client-mount-timeout", "rados-mon-op-timeout", "rados-osd-op-timeout")
+        ours = " ".join(f"--{name}={max(1, math.ceil(self.patience))}" for name in waits)
+        self.ceph_args = f"{ours} {os.environ.get('CEPH_ARGS', '')}".strip()
+
+    def start(self, *words: str, stack: ExitStack) -> Program:
+        """Start a command that prints much; its progress on standard error is a sign of life."""
+        program = Program(self.program, *words, patience=self.patience, CEPH_ARGS=self.ceph_args)
+        return stack.enter_context(program)
+
+    def run(self, *words: str) -> bytes:
+        limit = 3 * self.patience  # each of several operations may take up to the timeout
+        return run_program(self.program, *words, limit=limit, CEPH_ARGS=self.ceph_args)
+
+    def ask(self, kind: type, *words: str) -> Any:
+        """The answer to a question, which must be a list, or a mapping."""
+        answer = parse_json(self.run(*words, "--format=json"), f"rbd {words[0]} {self.image}")
+        if not isinstance(answer, kind):
+            raise BackyError(f"rbd {printable(' '.join(words))}: an answer of another kind")
+        return answer
+
+    def info(self, image: str = "") -> dict[str, Any]:
+        return self.ask(dict, "info", image or self.image)
+
+    def snapshots(self) -> dict[str, dict[str, Any]]:
+        """All snapshots of the image by their names."""
+        listing = self.ask(list, "snap", "ls", self.image)
+        return {str(one["name"]): one for one in listing if isinstance(one, dict) and "name" in one}
+
+    def create(self, name: str) -> None:
+        self.run("snap", "create", f"{self.image}@{name}")
+
+    def remove(self, name: str) -> None:
+        self.run("snap", "rm", f"{self.image}@{name}")
+
+    def can(self, command: str, option: str) -> bool:
+        with suppress(ProgramFailed):
+            return option.encode() in self.run("help", command)
+        return False
+
+
+def whole_number(mapping: dict[str, Any], key: str, what: str) -> int:
+    value = mapping.get(key)
+    if type(value) is not int or value < 0:
+        raise BackyError(f"{what}: its {key} is {printable(value)[:100]!r}, which is no number")
+    return value
+
+
+class Objects:
+    """Reads parts of a snapshot where they lie, by `rados`, which comes with `rbd`.
+
+    `rbd` itself reads an image only from its beginning on.  `rados` knows nothing of
+    the snapshots of an image, but it tells whether an object was written to since: then
+    what is there now is not what was.
+    """
+
+    def __init__(self, rbd: RBD, info: dict[str, Any], snapshot: dict[str, Any]) -> None:
+        self.rbd, self.info = rbd, info
+        pool, *namespace, _ = rbd.image.split("/")
+        self.place = [f"--pool={info.get('data_pool') or pool}"]
+        self.place += [f"--namespace={one}" for one in namespace]
+        self.snapshot = whole_number(snapshot, "id", rbd.image)
+        self.prefix = str(info.get("block_name_prefix"))
+        self.object_size = whole_number(info, "object_size", rbd.image)
+        if not re.fullmatch(r"[\w.]+", self.prefix) or not self.object_size:
+            raise BackyError(f"{rbd.image}: its objects are not known")
+
+    def read(self, view: memoryview, offset: int) -> bool:
+        """Fill `view` with what is at `offset`; False where something has changed since."""
+        while len(view):
+            number, start = divmod(offset, self.object_size)
+            part = view[: self.object_size - start]
+            name = f"{self.prefix}.{number:016x}"
+            is_there = self.read_object(part, name, start)
+            if not self.is_unchanged(name):
+                return False
+            if not is_there and not self.read_parent(part, offset):
+                return False
+            view, offset = view[len(part) :], offset + len(part)
+        return True
+
+    def start(self, *words: str) -> Program:
+        words = ("rados", *self.place, *words)
+        return Program(*words, patience=self.rbd.patience, CEPH_ARGS=self.rbd.ceph_args)
+
+    def read_object(self, view: memoryview, name: str, start: int) -> bool:
+        """Fill `view` from `start` of an object, with zeros behind its end; False if none."""
+        with self.start("get", name, "-") as program:
+            filled, rest = 0, memoryview(bytearray(min(MiB, start)))
+            while filled < len(view):
+                got = program.read(rest[:start] if start else view[filled : filled + MiB])
+                start, filled = (start - got, filled) if start else (0, filled + got)
+                if not got:
+                    break
+            if filled == len(view):
+                return True  # what is behind is not wanted: it is ended
+            view[filled:] = bytes(len(view) - filled)
+            return self.is_found(program)
+
+    @staticmethod
+    def is_found(program: Program) -> bool:
+        """Wait for the end; whether there was such an object."""
+        try:
+            program.finish()
+        except ProgramFailed:
+            if b"(2) No such file or directory" in program.said:
+                return False
+            raise
+        return True
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether an object holds now what it did in the snapshot."""
+        answer = bytearray(MiB)
+        with self.start("listsnaps", name, "--format=json") as program:
+            filled = 0
+            while filled < len(answer):
+                got = program.read(memoryview(answer)[filled:])
+                filled += got
+                if not got:
+                    break
+            if not self.is_found(program):
+                return True
+        listing = parse_json(bytes(answer[:filled]), f"the list of copies of {name}")
+        clones = listing.get("clones") if isinstance(listing, dict) else None
+        if not isinstance(clones, list) or not all(isinstance(one, dict) for one in clones):
+            raise BackyError(f"{name}: its copies are not known")
+        ids = [one.get("id") for one in clones]
+        return all(one == "head" or (type(one) is int and one < self.snapshot) for one in ids)
+
+    def read_parent(self, view: memoryview, offset: int) -> bool:
+        """Where an image is a clone and has no object, there is what its parent has."""
+        view[:] = bytes(len(view))
+        parent = self.info.get("parent")
+        if not isinstance(parent, dict) or not parent:
+            return True
+        overlap = min(len(view), whole_number(parent, "overlap", self.rbd.image) - offset)
+        return overlap <= 0 or self.parent(parent).read(view[:overlap], offset)
+
+    def parent(self, place: dict[str, Any]) -> Objects:
+        """The snapshot that this image is a clone of."""
+        words = [place.get(key) for key in ("pool", "pool_namespace", "image")]
+        above = RBD("/".join(str(word) for word in words if word), self.rbd.timeout)
+        snapshots, name = above.snapshots(), str(place.get("snapshot"))
+        if name not in snapshots:
+            raise BackyError(f"{above.image}: there is no snapshot {printable(name)}")
+        return Objects(above, above.info(), snapshots[name])
+
+
+class CephStill(Still):
+    """A snapshot of an image."""
+
+    in_order = True
+
+    def __init__(self, rbd: RBD, name: str, info: dict[str, Any], stack: ExitStack) -> None:
+        self.rbd, self.info = rbd, info
+        self.snapshots = rbd.snapshots()
+        if name not in self.snapshots:
+            raise NotFound(f"{rbd.image}: there is no snapshot {name}")
+        self.own = self.snapshots[name]
+        size = whole_number(self.own, "size", f"{rbd.image}@{name}")
+        shown = f"{rbd.image}@{name}"
+        reader = PipeReader(lambda: rbd.start("export", shown, "-", stack=stack), size)
+        super().__init__(shown, size, reader)
+        self.snapshot = name
+
+    def finish(self) -> None:
+        self.reader.finish()
+
+    def knows(self, revision: Revision) -> bool:
+        older = self.snapshots.get(f"backy-{revision.id}", {})
+        return revision.size is not None and older.get("size") == revision.size
+
+    def is_striped(self) -> bool:
+        """Whether neighbours in the image lie in several objects, and a diff is in their order."""
+        return self.info.get("stripe_count", 1) != 1
+
+    def changes(self, revision: Revision, stack: ExitStack) -> Changes | str:
+        if self.is_striped():
+            return "the image is striped"
+        older = f"backy-{revision.id}"
+        words = ["export-diff", self.name, "--from-snap", older]
+        if self.prefers_whole_objects(older):
+            words.append("--whole-object")
+        program = self.rbd.start(*words, "-", stack=stack)
+        return DiffStream(program, self.size, older, self.snapshot)
+
+    def prefers_whole_objects(self, older: str) -> bool:
+        """Whether it is cheaper to read whole objects than to ask each of them what has changed.
+
+        It is where the image has a map of what has changed, so many objects that asking
+        takes long, and few that have.
+        """
+        fast = "fast-diff" in self.info.get("features", ())
+        if not fast or "fast diff invalid" in self.info.get("flags", ()):
+            return False
+        objects = self.size // max(1, whole_number(self.info, "object_size", self.name))
+        if objects < MANY_OBJECTS or not self.rbd.can("export-diff", "--whole-object"):
+            return False
+        with suppress(BackyError):
+            words = ("diff", self.name, "--from-snap", older, "--whole-object")
+            return len(self.rbd.ask(list, *words)) <= objects // 200
+        return False
+
+    def sample(self, spans: Iterable[Span]) -> Iterator[tuple[int, memoryview]]:
+        """The parts that can still be read; all of them, but more slowly, without `rados`."""
+        spans, is_read = list(spans), False
+        view = memoryview(bytearray(max((end - start for start, end in spans), default=0)))
+        try:
+            objects = Objects(self.rbd, self.info, self.own)
+            for start, end in spans if not self.is_striped() else ():
+                part = view[: end - start]
+                if objects.read(part, start):
+                    yield start, part
+                is_read = True
+        except BackyError as e:
+            if is_read:
+                raise
+            log.debug("%s: cannot be read by its objects: %s", self.name, e)
+        if not is_read:
+            yield from self.read_through(spans)
+
+    def read_through(self, spans: list[Span]) -> Iterator[tuple[int, memoryview]]:
+        """The same from an export, which is read up to there."""
+        view = memoryview(bytearray(UNIT))
+        with ExitStack() as stack:
+            program, at = self.rbd.start("export", self.name, "-", stack=stack), 0
+            for start, end in spans:
+                while at < end:
+                    until = start if at < start else end
+                    part = view[: min(UNIT, until - at)]
+                    try:
+                        program.read_whole(part)
+                    except EOFError:
+                        program.finish()
+                        raise BackyError(f"{program.name}: its output ends too soon") from None
+                    if at >= start:
+                        yield at, part
+                    at += len(part)
+
+
+def parse_ceph_name(text: str) -> str:
+    if not CEPH_NAME.fullmatch(text) or UNPRINTABLE.search(text):
+        raise ValueError(f"{text!r} can be no name in Ceph")
+    return text
+
+
+CEPH_WORD = Kind("is a name without / and @, not beginning with -", parse_ceph_name)
+
+
+@dataclass(frozen=True)
+class CephSource(Source):
+    """An image of a Ceph cluster."""
+
+    image: str = ""  # POOL/IMAGE or POOL/NAMESPACE/IMAGE
+    timeout: timedelta = DEFAULT_TIMEOUT
+
+    type = "ceph-rbd"
+    aliases = ("ceph",)
+    keeps = True
+    keys = (
+        Option("pool", CEPH_WORD, None, "the pool of the image"),
+        Option("namespace", CEPH_WORD, "", "its namespace in the pool"),
+        Option("image", CEPH_WORD, None, "its name"),
+        TIMEOUT,
+    )
+    spec = "POOL/IMAGE"
+
+    @classmethod
+    def parse(cls, words: str) -> dict[str, str]:
+        names = words.split("/")
+        try:
+            pool, *namespace, image = map(parse_ceph_name, names)
+            if len(namespace) > 1:
+                raise ValueError("too many names")
+        except ValueError:
+            forms = f"{cls.spec} or {cls.spec.replace('/', '/NAMESPACE/', 1)}"
+            raise ConfigError(
+                f"a {cls.type} source is initialised with {forms}, not {printable(words)!r}"
+            ) from None
+        config = {"pool": pool, "image": image, "type": cls.type}
+        return {**config, "namespace": namespace[0]} if namespace else config
+
+    @classmethod
+    def load(cls, options: dict[str, str]) -> Source:
+        return cls(**cls.fields(options))
+
+    @classmethod
+    def fields(cls, options: dict[str, str]) -> dict[str, Any]:
+        parts = (options["pool"], options.get("namespace", ""), options["image"])
+        return {
+            "image": "/".join(filter(None, parts)),
+            "timeout": parse_time_span(options.get("timeout", TIMEOUT.default)),
+        }
+
+    @contextmanager
+    def snapshot(self, name: str) -> Iterator[Still]:
+        rbd, own = RBD(self.image, self.timeout), f"backy-{name}"
+        info = rbd.info()  # an image that is not there fails here, before anything is made
+        try:
+            self.create(rbd, own)
+            with ExitStack() as stack:
+                yield CephStill(rbd, own, info, stack)
+        except BaseException:
+            try:
+                rbd.remove(own)
+            except BackyError as e:
+                if getattr(e, "code", None) != NOT_THERE:
+                    log.warning("%s stays for now: %s", f"{self.image}@{own}", e)
+            raise
+
+    def create(self, rbd: RBD, name: str) -> None:
+        rbd.create(name)
+
+    @contextmanager
+    def reopen(self, revision: Revision) -> Iterator[Still]:
+        rbd = RBD(self.image, self.timeout)
+        with ExitStack() as stack:
+            yield CephStill(rbd, f"backy-{revision.id}", rbd.info(), stack)
+
+    def snapshot_name(self, name: str) -> str:
+        return f"{self.image}@backy-{name}"
+
+    def release(self, names: Iterable[str]) -> list[str]:
+        """Remove snapshots, here or where the image had another name; those that stay."""
+        left: list[str] = []
+        there: dict[str, dict[str, Any]] = {}
+        for full, match in ((one, CEPH_SNAPSHOT.fullmatch(one)) for one in names):
+            if not match:
+                continue
+            image, name = match.groups()
+            try:
+                for one in dict.fromkeys((self.image, image)):
+                    rbd = RBD(one, self.timeout)
+                    if one not in there:
+                        there[one] = self.list_snapshots(rbd)
+                    if name in there[one]:
+                        rbd.remove(name)
+            except BackyError as e:
+                if getattr(e, "code", None) != NOT_THERE:
+                    left.append(full)
+                    log.warning("%s stays, which is tried again next time: %s", printable(full), e)
+        return left
+
+    def list_snapshots(self, rbd: RBD) -> dict[str, Any]:
+        """Those of an image; none if there is no such image any more."""
+        try:
+            return rbd.snapshots()
+        except ProgramFailed as e:
+            if e.code == NOT_THERE:
+                return {}
+            raise
+
+
+# ==== Flying Circus ==========================================================
+#
+# A ceph-rbd source whose snapshot is made by the host that runs the VM, which first
+# has the guest write what it holds.  It is asked for with an entry in Consul's
+# key-value store.  Consul may be as broken as it likes: then the snapshot is a plain one.
+
+CONSUL = "127.0.0.1:8500"
+REQUESTS = "snapshot/"  # where the entries are
+CONSUL_LIMIT = 10.0  # seconds for one question and its answer
+MOST_ANSWER = MiB
+
+
+class Consul:
+    """Questions to the key-value store of Consul, of which none takes long."""
+
+    def __init__(self, address: str, token: str) -> None:
+        match = re.fullmatch(r"(?:(https?)://)?([^/@\s]+?)(?::([0-9]{1,5}))?/?", address, re.ASCII)
+        if not match:
+            raise BackyError(f"{printable(address)!r} is no address of Consul")
+        self.is_secure, self.host = match[1] == "https", match[2].strip("[]")
+        self.port = int(match[3] or (443 if self.is_secure else 8500))
+        self.headers = {"X-Consul-Token": token} if token else {}
+
+    def ask(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+        """Status and body of the answer.  Raises BackyError, which never tells the token."""
+        import http.client
+
+        kind = http.client.HTTPSConnection if self.is_secure else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=CONSUL_LIMIT)
+        alarm = threading.Timer(CONSUL_LIMIT, self.cut, [connection])
+        alarm.daemon = True
+        alarm.start()
+        try:
+            connection.request(method, f"/v1/kv/{path}", body, self.headers)
+            answer = connection.getresponse()
+            data = answer.read(MOST_ANSWER + 1)
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            what = printable(getattr(e, "strerror", None) or type(e).__name__)
+            raise BackyError(f"Consul at {self.host}:{self.port}: {what}") from None
+        finally:
+            alarm.cancel()
+            connection.close()
+        if len(data) > MOST_ANSWER:
+            raise BackyError(f"Consul at {self.host}:{self.port}: the answer is too long")
+        return answer.status, data
+
+    @staticmethod
+    def cut(connection: Any) -> None:
+        """End a conversation that takes too long, whatever it waits for."""
+        import socket
+
+        with suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def put(self, key: str, value: str) -> None:
+        """Make a new entry.  Raises BackyError if there is one, or if that fails."""
+        status, data = self.ask("PUT", f"{quote_key(key)}?cas=0", value)
+        if status != 200 or data.strip() != b"true":
+            raise BackyError(f"Consul has not taken the request (status {status})")
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, bytes]]:
+        """Keys and values below `prefix`, but for what is no entry."""
+        import base64
+
+        status, data = self.ask("GET", f"{quote_key(prefix)}?recurse")
+        if status == 404:
+            return
+        listing = parse_json(data, "the answer of Consul") if status == 200 else None
+        if not isinstance(listing, list):
+            raise BackyError(f"Consul gives no list of requests (status {status})")
+        for entry in listing:
+            with suppress(TypeError, KeyError, ValueError):
+                if isinstance(entry["Key"], str) and entry["Key"].startswith(prefix):
+                    yield entry["Key"], base64.b64decode(entry["Value"] or "")
+
+    def delete(self, key: str) -> None:
+        status, _ = self.ask("DELETE", quote_key(key))
+        if status not in (200, 404):
+            raise BackyError(f"Consul has not removed a request (status {status})")
+
+
+def quote_key(key: str) -> str:
+    from urllib.parse import quote
+
+    return quote(key, safe="/")
+
+
+def new_uuid() -> str:
+    """A random UUID of version 4, with dashes."""
+    digits = list(os.urandom(16).hex())
+    digits[12], digits[16] = "4", "89ab"[int(digits[16], 16) % 4]
+    text = "".join(digits)
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+@dataclass(frozen=True)
+class FlyingCircusSource(CephSource):
+    """An image whose snapshot is made together with the guest, if that answers in time."""
+
+    vm: str = ""
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+
+    type = "flyingcircus"
+    aliases = ()
+    keys = (
+        *CephSource.keys,
+        Option("vm", TEXT, None, "the name of the virtual machine in Consul"),
+        Option("consul_acl_token", TEXT, "", "what Consul asks for"),
+        Option("consul_acl_token_file", PATH, "", "a file that has it"),
+    )
+    spec = "POOL/IMAGE,VM[,TOKEN]"
+    pause, every, limit = 3.0, 2.0, 90.0  # seconds before and between looking, and in all
+
+    @classmethod
+    def parse(cls, words: str) -> dict[str, str]:
+        image, *others = (word.strip() for word in words.split(","))
+        if len(others) not in (1, 2) or not all(others):
+            raise ConfigError(f"a {cls.type} source is initialised with {cls.spec}")
+        config = {**super().parse(image), "vm": others[0]}
+        return {**config, "consul_acl_token": others[1]} if others[1:] else config
+
+    @classmethod
+    def fields(cls, options: dict[str, str]) -> dict[str, Any]:
+        return {
+            **super().fields(options),
+            "vm": options["vm"],
+            "token": options.get("consul_acl_token", ""),
+            "token_file": options.get("consul_acl_token_file", ""),
+        }
+
+    def create(self, rbd: RBD, name: str) -> None:
+        try:
+            if self.ask_for(rbd, name):
+                return
+            why = f"no snapshot came within {self.limit:g} s"
+        except BackyError as e:
+            if isinstance(e, ProgramFailed):
+                raise
+            why = str(e)
+        log.warning("%s: a plain snapshot, without the guest: %s", self.image, why)
+        try:
+            rbd.create(name)
+        except ProgramFailed as e:
+            if e.code != errno.EEXIST:  # it has come after all
+                raise
+
+    def ask_for(self, rbd: RBD, name: str) -> bool:
+        """Whether the snapshot was made on request; the request is gone in any case."""
+        consul = Consul(os.environ.get("CONSUL_HTTP_ADDR") or CONSUL, self.load_token())
+        import json
+
+        key = REQUESTS + new_uuid()
+        try:
+            consul.put(key, json.dumps({"vm": self.vm, "snapshot": name}))
+            until = time.monotonic() + self.limit
+            time.sleep(self.pause)
+            while time.monotonic() < until:
+                if name in rbd.snapshots():
+                    return True
+                time.sleep(self.every)
+            return False
+        finally:
+            self.clear(consul, key)
+
+    def load_token(self) -> str:
+        token = self.token
+        if self.token_file and not token:
+            with explain(f"cannot read {printable(self.token_file)}"):
+                fd = os.open(self.token_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                try:
+                    token = read_limited(fd, 4 * KiB).decode("ascii", "replace").strip()
+                finally:
+                    close(fd)
+        if not re.fullmatch("[!-~]*", token, re.ASCII):
+            raise BackyError("the token for Consul has characters that cannot be sent")
+        return token
+
+    def clear(self, consul: Consul, key: str) -> None:
+        """Remove our request, and what earlier runs left for this VM; all else stays."""
+        try:
+            consul.delete(key)
+            for other, value in consul.entries(REQUESTS):
+                if self.is_ours(value):
+                    consul.delete(other)
+        except BackyError as e:
+            log.warning("%s: requests for snapshots may be left: %s", self.image, e)
+
+    def is_ours(self, value: bytes) -> bool:
+        try:
+            request = parse_json(value, "a request")
+            name = request["snapshot"]
+            return request["vm"] == self.vm and name.startswith("backy-")
+        except (BackyError, TypeError, KeyError, AttributeError):
+            return False
+
+
+# ==== Plug-ins ===============================================================
+#
+# A source that is a program of its own, called with a verb and JSON; backy.conf(5) has
+# the protocol.  What it says of changes is a hint: blocks are read as a whole, and some
+# that it does not name are compared each time.
+
+MOST_EXTENTS = 16 * MiB  # bytes of JSON
+PROTOCOL = 1
+
+
+class ListedStream(PipedChanges):
+    """Extents that a plug-in prints one behind the other."""
+
+    def __init__(self, program: Program, size: int, spans: list[Span]) -> None:
+        self.spans = spans
+        super().__init__(program, size)
+
+    def parse(self) -> Iterator[tuple[int, int, bool]]:
+        for start, end in self.spans:
+            yield start, end, False
+
+
+class PlugIn:
+    """The calls of one program."""
+
+    def __init__(self, source: ExecSource, name: str) -> None:
+        self.source, self.name = source, name
+        self.shown = printable(source.program)
+
+    def words(self, verb: str) -> tuple[str, str]:
+        return self.source.program, verb
+
+    def request(self, **more: Any) -> bytes:
+        import json
+
+        options = dict(self.source.options_given)
+        return json.dumps(
+            {"version": PROTOCOL, "options": options, "revision": self.name, **more}
+        ).encode()
+
+    def ask(self, verb: str, **more: Any) -> dict[str, Any]:
+        limit = self.source.timeout.total_seconds()
+        words = self.words(verb)
+        data = run_program(*words, limit=limit, stdin=self.request(**more), most=MOST_EXTENTS)
+        answer = parse_json(data or b"{}", f"the answer of {self.shown} to {verb}")
+        if isinstance(answer, list):
+            answer = {"extents": answer}
+        if not isinstance(answer, dict):
+            raise BackyError(f"{self.shown}: its answer to {verb} is no mapping")
+        return answer
+
+    def start(self, spans: list[Span]) -> Program:
+        """Have the bytes of these parts printed."""
+        extents = [{"offset": start, "length": end - start} for start, end in spans]
+        patience = self.source.timeout.total_seconds()
+        return Program(*self.words("read"), patience=patience, stdin=self.request(extents=extents))
+
+
+def decode_extents(listing: object, size: int, what: str) -> list[tuple[int, int]]:
+    """(offset, length) of a list of mappings, cut at the end of the image.  Raises BackyError."""
+    extents = []
+    for one in listing if isinstance(listing, list) else [None]:
+        if not isinstance(one, dict):
+            raise BackyError(f"{what}: its extents are no list of mappings")
+        offset, length = (whole_number(one, key, what) for key in ("offset", "length"))
+        if offset < size and length:
+            extents.append((offset, min(length, size - offset)))
+    return extents
+
+
+class PlugInStill(Still):
+    """What a plug-in holds still: a path, or bytes that it prints when it is asked."""
+
+    def __init__(
+        self, plug_in: PlugIn, answer: dict[str, Any], tells: bool, stack: ExitStack
+    ) -> None:
+        self.plug_in, self.tells = plug_in, tells
+        path, shown = answer.get("path"), plug_in.shown
+        if isinstance(path, str) and path and "\0" not in path:
+            with explain(f"{shown}: cannot open {printable(path)}"):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                stack.callback(close, fd)
+                if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
+                    raise BackyError(f"{shown}: {printable(path)} is neither a file nor a device")
+                size = os.lseek(fd, 0, os.SEEK_END)
+            super().__init__(printable(path), size, Reader(fd, size, True))
+            return
+        size = whole_number(answer, "size", shown)
+        self.in_order = True
+
+        def start() -> Program:
+            return stack.enter_context(plug_in.start([(0, size)] if size else []))
+
+        super().__init__(shown, size, PipeReader(start, size))
+
+    def finish(self) -> None:
+        if self.in_order:
+            self.reader.finish()
+
+    def knows(self, revision: Revision) -> bool:
+        return self.tells
+
+    def changes(self, revision: Revision, stack: ExitStack) -> Changes | str:
+        answer = self.plug_in.ask("changes", parent=revision.id)
+        if "extents" not in answer:
+            return printable(answer.get("unknown") or "the plug-in does not know what has changed")
+        extents = decode_extents(answer["extents"], self.size, self.plug_in.shown)
+        if not self.in_order:
+            return ListedChanges(self.reader, whole_blocks(extents, self.size))
+        spans = whole_blocks(extents, self.size)
+        program = stack.enter_context(self.plug_in.start(spans))
+        return ListedStream(program, self.size, spans)
+
+    def sample(self, spans: Iterable[Span]) -> Iterator[tuple[int, memoryview]]:
+        if not self.in_order:
+            yield from super().sample(spans)
+            return
+        spans, view = list(spans), memoryview(bytearray(UNIT))
+        with self.plug_in.start(spans) as program:
+            for start, end in spans:
+                for offset in range(start, end, UNIT):
+                    part = view[: min(UNIT, end - offset)]
+                    try:
+                        program.read_whole(part)
+                    except EOFError:
+                        program.finish()
+                        raise BackyError(f"{program.name}: its output ends too soon") from None
+                    yield offset, part
+            program.finish()
+
+
+@dataclass(frozen=True)
+class ExecSource(Source):
+    """A source of any other kind, by a program that knows it."""
+
+    program: str = ""
+    timeout: timedelta = DEFAULT_TIMEOUT
+    options_given: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    type = "exec"
+    keeps = True
+    keys = (TIMEOUT, Option("program", PATH, None, "the plug-in"))
+
+    @classmethod
+    def options_for(cls, names: Iterable[str]) -> tuple[Option, ...]:
+        """Any further key is for the plug-in."""
+        known = cls.options()
+        others = set(names) - {option.name for option in known}
+        return (*known, *(Option(name, TEXT) for name in sorted(others)))
+
+    @classmethod
+    def parse(cls, words: str) -> dict[str, str]:
+        program, *others = (word.strip() for word in words.split(","))
+        pairs = [other.partition("=") for other in others]
+        if (
+            not program
+            or UNPRINTABLE.search(words)
+            or not all(key and is_ for key, is_, _ in pairs)
+        ):
+            raise ConfigError(f"an {cls.type} source is initialised with PROGRAM[,KEY=VALUE,...]")
+        options = {key.strip(): value.strip() for key, _, value in pairs}
+        return {**options, "program": os.path.abspath(program), "type": cls.type}
+
+    @classmethod
+    def load(cls, options: dict[str, str]) -> Source:
+        known = {option.name for option in cls.options()}
+        others = ((key, value) for key, value in sorted(options.items()) if key not in known)
+        timeout = parse_time_span(options.get("timeout", TIMEOUT.default))
+        return cls(os.path.abspath(options["program"]), timeout, tuple(others))
+
+    @contextmanager
+    def snapshot(self, name: str) -> Iterator[Still]:
+        plug_in = PlugIn(self, name)
+        tells = plug_in.ask("capabilities").get("changes") is True
+        is_kept = False
+        try:
+            answer = plug_in.ask("snapshot")
+            with ExitStack() as stack:
+                yield PlugInStill(plug_in, answer, tells, stack)
+            is_kept = tells
+        finally:
+            if not is_kept:
+                self.release_one(name)
+
+    def release_one(self, name: str) -> bool:
+        try:
+            PlugIn(self, name).ask("release")
+        except BackyError as e:
+            log.warning("%s stays, which is tried again next time: %s", printable(name), e)
+            return False
+        return True
+
+    def snapshot_name(self, name: str) -> str:
+        return name
+
+    def release(self, names: Iterable[str]) -> list[str]:
+        return [one for one in names if REVISION_ID.fullmatch(one) and not self.release_one(one)]
 
 
 # ==== Progress ===============================================================
@@ -3741,6 +4998,7 @@ def pass_over(
     pieces: Iterable[tuple[int, int]],
     work: Callable[[int, int, Buffers], None],
     look: Callable[[], None] = lambda: None,
+    in_order: bool = False,
 ) -> None:
     """Call `work` for these pieces of an image of `size` bytes, and `look` now and then."""
     with Progress(label, size) as progress:
@@ -3753,7 +5011,7 @@ def pass_over(
             progress.tick()
             look()
 
-        work_through(pieces, piece, tick, workers_for(size))
+        work_through(pieces, piece, tick, 1 if in_order else workers_for(size))
 
 
 def report_progress(*_: object) -> None:
@@ -4281,6 +5539,9 @@ def repair(repository: Repository, found: Iterable[tuple[int, int]], again: bool
 # is undone.
 
 
+SAMPLE = 4 * MiB
+
+
 def block_mark(block: int, digest: bytes) -> int:
     return int.from_bytes(hashlib.sha256(struct.pack("<Q", block) + digest).digest(), "little")
 
@@ -4290,7 +5551,8 @@ class Update:
 
     `fresh`: the image is empty.  Else it is a clone of the parent, and with
     `by_digest` only blocks whose digest is new are compared with it.  `rehash`:
-    the digests found are not to be relied on.
+    the digests found are not to be relied on.  With `changes` nothing else of the
+    source is read.
     """
 
     def __init__(
@@ -4303,8 +5565,11 @@ class Update:
         by_digest: bool,
         rehash: bool,
         resized_from: int | None,
+        changes: Changes | None = None,
     ) -> None:
         self.still, self.old, self.writer, self.sums = still, old, writer, sums
+        self.changes = changes
+        self.named: set[int] = set()  # the parts of the size of a sample that they touch
         self.fresh, self.by_digest, self.rehash = fresh, by_digest, rehash
         # the short last block means something else when the size is another
         ends = {still.size // BLOCK, resized_from // BLOCK} if resized_from is not None else set()
@@ -4321,6 +5586,8 @@ class Update:
     def pieces(self) -> Iterator[tuple[int, int]]:
         """The units that hold something in the source, in the image or in the digests."""
         ends = [(block * BLOCK, block * BLOCK + 1) for block in sorted(self.resized)]
+        if self.changes:
+            return units(self.still.size, self.changes.extents(), ends)
         sums = [] if self.fresh else self.sums.extents()
         return units(self.still.size, self.still.reader.extents(), self.old.extents(), ends, sums)
 
@@ -4328,25 +5595,28 @@ class Update:
         self.reached = max(self.reached, offset)
         if self.is_resumed and self.is_done(offset, length, buffers):
             return
-        self.read_source(buffers.new, offset, length)
         digests = [bytes(DIGEST)] * -(-length // BLOCK)
         if not self.fresh:
             digests = self.sums.read(offset, length)
-        new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
-        if self.by_digest and new == digests:
-            self.mark_trail(offset, new, 0)
-            return
-        spans = [(0, length)]
-        if self.by_digest:
-            spans = join_blocks(length, lambda block: new[block] != digests[block])
-        lost = [] if self.fresh else self.read_old(buffers, offset, length, spans)
-        if new == digests and not (self.fresh or lost) and buffers.equal(0, length):
+        if self.changes:
+            new, spans, lost = self.patch(buffers, offset, length, digests)
+        else:
+            self.read_source(buffers.new, offset, length)
+            new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
+            spans = [(0, length)]
+            if self.by_digest:
+                spans = join_blocks(length, lambda block: new[block] != digests[block])
+            lost = [] if self.fresh else self.read_old(buffers, offset, length, spans)
+        is_equal = not spans or not (self.changes or self.fresh or lost or new != digests)
+        if is_equal and (not spans or buffers.equal(0, length)):
             self.mark_trail(offset, new, 0)
             return
         runs = differing_runs(buffers, spans, self.fresh, lost)
         changed = {
             block for start, end, _ in runs for block in range(start // BLOCK, -(-end // BLOCK))
         }
+        if self.changes:  # nobody has read back what the change of size has made of these
+            changed |= {at for at in range(len(new)) if offset // BLOCK + at in self.resized}
         for block, start, end in blocks_of(length):
             comparable = not (self.fresh or self.rehash or offset // BLOCK + block in self.resized)
             if comparable and (block in changed or new[block] != digests[block]):
@@ -4359,6 +5629,45 @@ class Update:
                     self.sums.write(offset + block * BLOCK, [digest])
         self.note(offset, changed, new)
         self.mark_trail(offset, new, written)
+
+    def patch(
+        self, buffers: Buffers, offset: int, length: int, digests: list[bytes]
+    ) -> tuple[list[bytes], list[Span], list[int]]:
+        """Lay what has changed over the old image: digests, spans to compare, lost old pages.
+
+        Whole blocks are made of it, so each block that is touched must be what its
+        digest says, or rot would get a digest of its own.
+        """
+        covered = self.changes.read(buffers.new, offset, length)
+        self.named.add(offset // SAMPLE)
+        first = offset // BLOCK
+        touched = {
+            block for start, end in covered for block in range(start // BLOCK, -(-end // BLOCK))
+        }
+        touched |= {block - first for block in self.resized if 0 <= block - first < len(digests)}
+        spans = join_blocks(length, lambda block: block in touched)
+        lost = self.read_old(buffers, offset, length, spans)
+        ends = [0, *(end for _, end in covered)]
+        gaps = [
+            gap for gap in zip(ends, [*(start for start, _ in covered), length]) if gap[0] < gap[1]
+        ]
+        new = list(digests)
+        for block, start, end in blocks_of(length):
+            if block not in touched:
+                continue
+            kept = [(max(a, start), min(b, end)) for a, b in gaps if a < end and b > start]
+            for a, b in kept:
+                buffers.new[a:b] = buffers.old[a:b]
+            new[block] = block_digest(buffers.new[start:end])
+            is_comparable = first + block not in self.resized
+            if kept and is_comparable and block_digest(buffers.old[start:end]) != digests[block]:
+                self.look_at_parent(buffers.old[start:end], offset + start, digests[block])
+                raise Distrusted(
+                    f"the previous image is damaged at offset {offset + start}, "
+                    "and the source has only changed a part of that block",
+                    "the next backup reads all of the source",
+                )
+        return new, spans, lost
 
     def mark_trail(self, offset: int, digests: list[bytes], written: int) -> None:
         if self.trail:
@@ -4470,10 +5779,16 @@ class Base:
     sums_fd: int | None  # None: no digests to rely on
 
 
-def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
-    """The newest good revision, else the newest that can be read at all; its files held open."""
+def choose_parent(
+    repository: Repository, stack: ExitStack, knows: Callable[[Revision], bool]
+) -> Base | None:
+    """The newest good revision that the source knows, else the newest good one, else any.
+
+    Its files are held open.
+    """
     usable = [revision for revision in repository.complete if not revision.problem]
     good = [revision for revision in usable if revision.is_good]
+    good.sort(key=knows)  # stable: in each half the newest is last
     for revision in [*reversed(good), *(one for one in reversed(usable) if one not in good)]:
         try:
             image_fd = repository.open_image(revision)
@@ -4498,6 +5813,60 @@ def choose_parent(repository: Repository, stack: ExitStack) -> Base | None:
     return Base(revision, image_fd, sums_fd)
 
 
+class Snapshots:
+    """`.snapshots`: what the snapshots are called that were made for this directory.
+
+    A name is noted before its snapshot is made, and stays until that is gone.  Nothing
+    else is ever removed, be it named like ours or not.
+    """
+
+    FILE = ".snapshots"
+
+    def __init__(self, repository: Repository, source: Source) -> None:
+        self.repository, self.source = repository, source
+        try:
+            text = read_small(repository.dir_fd, self.FILE).decode("utf-8", "replace")
+            self.names = [
+                line for line in text.split("\n") if line and not UNPRINTABLE.search(line)
+            ]
+        except FileNotFoundError:  # a directory of backy 2.x has one for each revision at most
+            self.names = [source.snapshot_name(one.id) for one in repository.revisions]
+        except OSError as e:
+            raise BackyError(f"{repository.name}: cannot read {self.FILE}: {e.strerror}") from e
+
+    def note(self, name: str) -> None:
+        self.save([*self.names, self.source.snapshot_name(name)])
+
+    def save(self, names: list[str]) -> None:
+        self.names = list(dict.fromkeys(names))
+        with explain(f"{self.repository.name}: cannot write {self.FILE}"):
+            text = "".join(f"{name}\n" for name in self.names)
+            replace_file(self.repository.dir_fd, self.FILE, text.encode("utf-8"), 0o600)
+
+    def release(self, keep: str) -> None:
+        """Remove all but that of revision `keep`; what cannot be removed is tried next time."""
+        kept = self.source.snapshot_name(keep) if keep else ""
+        names = [name for name in self.names if name != kept]
+        left = self.source.release(names)
+        self.save([name for name in self.names if name == kept or name in left])
+
+
+def choose_sample(size: int, touched: set[int], changed: int) -> list[Span]:
+    """The 4 MiB that are compared with the source: at random, and the short piece at the end.
+
+    They are looked for where nothing has changed.  1 % of the image is enough, and
+    less where that were much beside the `changed` bytes which had to be read.
+    """
+    import random
+
+    whole = size // SAMPLE
+    others = [number for number in range(whole) if number not in touched] or list(range(whole))
+    most = max(1, min(whole // 100, changed * 2 // 5 // SAMPLE))
+    chosen = random.SystemRandom().sample(others, min(most, len(others)))
+    spans = [(number * SAMPLE, (number + 1) * SAMPLE) for number in sorted(chosen)]
+    return spans if size % SAMPLE == 0 else [*spans, (whole * SAMPLE, size)]
+
+
 class Backup:
     """One run, from the lock to `last`."""
 
@@ -4507,6 +5876,9 @@ class Backup:
         self.repository, self.job, self.tags, self.resume = repository, job, tags, resume
         self.parent_damage: tuple[tuple[int, int], ...] = ()
         self.name = repository.name
+        self.why_all = ""  # why all of a source is read that could say what has changed
+        self.sampled = 0  # bytes that were compared with the source once more
+        self.is_sampled = True  # whether these were all that should have been
 
     def run(self) -> Revision:
         """Make a revision and return it.
@@ -4517,12 +5889,17 @@ class Backup:
         """
         repository = self.repository
         started = time.monotonic()
-        with ExitStack() as stack, self.job.source.snapshot("backy") as still:
+        source, name = self.job.source, new_id()
+        if source.keeps:
+            self.snapshots = Snapshots(repository, source)
+            self.snapshots.note(name)
+        with ExitStack() as stack, source.snapshot(name) as still:
             with repository.metadata_lock():
                 unfinished = repository.find_unfinished(still.state) if self.resume else None
                 repository.sweep(keep=unfinished.id if unfinished else "")
-                base = choose_parent(repository, stack)
-                revision = self.plan(base, unfinished, still.state)
+                base = choose_parent(repository, stack, still.knows)
+                name = unfinished.id if unfinished else name
+                revision = self.plan(name, base, still.state)
             try:
                 self.begin(revision, unfinished is not None)
                 revision = self.fill(revision, base, still, unfinished is not None)
@@ -4538,13 +5915,13 @@ class Backup:
                 raise
         return self.finish(revision)
 
-    def plan(self, base: Base | None, unfinished: Revision | None, state: str) -> Revision:
+    def plan(self, name: str, base: Base | None, state: str) -> Revision:
         """The new revision, later than all others whatever the clock says."""
         revisions = self.repository.revisions
         now = datetime.now(UTC)
         newest = max((revision.clock for revision in revisions), default=0)
         revision = Revision(
-            id=unfinished.id if unfinished else new_id(),
+            id=name,
             timestamp=now,
             clock=max(newest + 1, epoch_microseconds(now)),
             tags=self.tags,
@@ -4572,29 +5949,36 @@ class Backup:
             origin = None if base and self.is_scattered(base) else base
             cloned = is_resumed or self.clone(origin, image_fd, sums_fd)
             rehash = is_resumed or not cloned or base is None or base.sums_fd is None
+            resized = base is not None and base.revision.size != still.size
+            changes = self.find_changes(still, base, cloned and not rehash, stack)
+            if changes and resized:
+                self.check_edge(base, still.size)
             with explain(f"{self.name}: cannot prepare image"):
-                resize(image_fd, still.size)
+                # with changes alone nobody would write again what is cut off with a last page
+                (os.ftruncate if changes else resize)(image_fd, still.size)
                 sums = Sums(sums_fd, still.size)
                 sums.prepare()
                 # a second descriptor, for reading past the cache
                 old_fd = open_regular(self.repository.dir_fd, revision.id)
                 stack.callback(close, old_fd)
             reader = Reader(old_fd, still.size, True)
-            resized = base is not None and base.revision.size != still.size
             update = Update(
                 still,
                 reader,
                 Writer(image_fd, still.size),
                 sums,
                 fresh=not cloned,
-                by_digest=cloned and not rehash and self.job.verify is VerifyMode.WRITTEN,
+                by_digest=cloned and not rehash and self.job.verify is not VerifyMode.FULL,
                 rehash=rehash,
                 resized_from=base.revision.size if base and resized else None,
+                changes=changes,
             )
             update.is_resumed = is_resumed
             update.trail = Trail(take(f"{revision.id}.part", stack))
-            how = "differential" if base and cloned else "full"
-            log.info("%s: performing %s backup", self.name, how)
+            is_differential = bool(base and cloned) and not self.why_all
+            how = "differential" if is_differential else "full"
+            why = f" ({self.why_all})" if self.why_all else ""
+            log.info("%s: performing %s backup%s", self.name, how, why)
             try:
                 self.transfer(update)
             finally:
@@ -4602,6 +5986,8 @@ class Backup:
                 self.distrust_parent(base, self.parent_damage)
             digest = self.settle(image_fd, sums_fd, sums)
             proven = self.prove(update, reader, digest)
+            if update.changes:
+                proven += self.compare_sample(update, reader)
             state = state_of_inode(image_fd)
             extents = self.extents_when_written(base) if base and cloned else 0
             with suppress(OSError):
@@ -4610,9 +5996,14 @@ class Backup:
             kept = format_size(update.bytes_kept)
             log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
         everything = not update.by_digest
-        stats = {**revision.stats, "verification": "full" if everything else "written"}
-        stats["bytes_verified"] = still.size if everything else proven
-        stats["bytes_read"] = still.reader.bytes_read
+        how = "full" if everything else "written"
+        if update.changes:
+            how = "sample" if self.is_sampled else "partial"
+        stats = {**revision.stats, "verification": how}
+        stats["bytes_verified"] = still.size if everything else min(proven, still.size)
+        stats["bytes_read"] = (
+            update.changes.bytes_read if update.changes else still.reader.bytes_read
+        )
         stats["extents_when_written"] = extents
         return replace(
             revision,
@@ -4624,6 +6015,51 @@ class Backup:
             image_state=state if everything else "",
             stats=stats,
         )
+
+    def find_changes(
+        self, still: Still, base: Base | None, is_comparable: bool, stack: ExitStack
+    ) -> Changes | None:
+        """What the source says has changed; None, and `why_all`, where all must be read.
+
+        `is_comparable`: the image is a clone of `base`, and has digests to rely on.
+        """
+        if not self.job.source.keeps:
+            return None
+        if self.job.full_always:
+            why: Changes | str = "full-always"
+        elif self.job.verify is not VerifyMode.SAMPLE:
+            why = f"verify: {self.job.verify.value}"
+        elif base is None:
+            why = "no parent"
+        elif not base.revision.is_good:
+            why = "the parent is distrusted"
+        elif not still.knows(base.revision):
+            why = "no good revision has a snapshot"
+        elif base.sums_fd is None:
+            why = "the parent has no sound digests"
+        elif not is_comparable:
+            why = "the image cannot be cloned, or is written anew"
+        else:
+            why = still.changes(base.revision, stack)
+        if isinstance(why, Changes):
+            return why
+        self.why_all = why or "what has changed is not known"
+        return None
+
+    def check_edge(self, base: Base, size: int) -> None:
+        """Raise Distrusted unless the parent's block is sound where the image ends or ended."""
+        old = base.revision.size or 0
+        offset = min(old, size) // BLOCK * BLOCK
+        length = min(BLOCK, old - offset)
+        if not length:
+            return
+        view = memoryview(bytearray(length))
+        with explain(f"{self.name}: cannot read the parent at offset {offset}"):
+            lost = Reader(base.image_fd, old, False).salvage(view, offset, length)
+            digest = Sums(base.sums_fd, old).read(offset, length)[0]
+        if lost or block_digest(view) != digest:
+            self.distrust_parent(base, ((offset, length),))
+            raise Distrusted(f"{self.name}: the parent is damaged at offset {offset}")
 
     def is_scattered(self, base: Base) -> bool:
         """Whether the parent lies in so many pieces that a new image in one piece is better."""
@@ -4642,8 +6078,7 @@ class Backup:
     @staticmethod
     def extents_when_written(base: Base) -> int:
         """How many extents the parent's image had when it was last written as a whole."""
-        value = base.revision.stats.get("extents_when_written")
-        number = resolve(value) if isinstance(value, Node) else value
+        number = base.revision.stat("extents_when_written")
         return number if isinstance(number, int) else 0
 
     def create(self, name: str, stack: ExitStack) -> int:
@@ -4700,9 +6135,11 @@ class Backup:
                 still.check()
 
         try:
+            in_order = update.changes.in_order if update.changes else still.in_order
             with explain("cannot examine the source or the image"):
-                pass_over(self.name, still.size, update.pieces(), update.unit, look)
+                pass_over(self.name, still.size, update.pieces(), update.unit, look, in_order)
                 still.check()
+            update.changes.finish() if update.changes else still.finish()
         except SourceChanged as e:
             raise SourceChanged(f"{self.name}: {e}{self.first_difference(update)}", e.hint) from e
         except BackyError as e:
@@ -4768,6 +6205,68 @@ class Backup:
             raise Distrusted(f"{self.name}: verification failed: writes have been lost")
         return check.bytes_read
 
+    def compare_sample(self, update: Update, reader: Reader) -> int:
+        """Read parts of the source anew, hold the image against them; how many bytes that were.
+
+        A difference says that the source was wrong about what has changed: then
+        nothing that it knows of is a parent any more.
+        """
+        still, size, differing = update.still, update.still.size, -1
+        deadline = time.monotonic() + self.job.sample_time.total_seconds()
+        spans = choose_sample(size, update.named, update.changes.bytes_read)
+        wanted = sum(end - start for start, end in spans)
+        view = memoryview(mmap.mmap(-1, UNIT))
+
+        def compare() -> int:
+            """Where the first difference is, -1 if there is none."""
+            for offset, part in still.sample(spans):
+                for at in range(0, len(part), UNIT):
+                    piece = part[at : at + UNIT]
+                    if reader.salvage(view, offset + at, len(piece)) or view[: len(piece)] != piece:
+                        return offset + at
+                self.sampled += len(part)
+                progress.reach(self.sampled)
+                progress.tick()
+                if time.monotonic() > deadline:
+                    break
+            return -1
+
+        try:
+            label = f"{self.name} (comparing a sample)"
+            with Progress(label, wanted) as progress, explain(f"{self.name}: cannot read back"):
+                for _ in range(3):  # others, for those which have changed in the source since
+                    differing = compare()
+                    missing = wanted - self.sampled
+                    if differing >= 0 or missing <= 0 or time.monotonic() > deadline:
+                        break
+                    spans = choose_sample(size - size % SAMPLE, update.named, missing * 5 // 2)
+        except ProgramFailed as e:
+            log.warning("%s: the sample cannot be read: %s", self.name, e)
+        if differing >= 0:
+            self.distrust_known(still)
+            raise Distrusted(
+                f"{self.name}: verification failed: the source has other bytes than the image "
+                f"between offset {differing} and {min(differing + UNIT, size)}, which it has not "
+                "named as changed",
+                "what it knows of is distrusted now, and the next backup reads all of it",
+            )
+        self.is_sampled = self.sampled >= wanted
+        sampled = f"{format_size(self.sampled)} of {format_size(wanted)}"
+        if not self.is_sampled:
+            log.warning("%s: partly verified: only %s of the sample", self.name, sampled)
+        return self.sampled
+
+    def distrust_known(self, still: Still) -> None:
+        """Distrust each revision from which the source could be asked for changes."""
+        try:
+            with self.repository.metadata_lock():
+                for revision in self.repository.complete:
+                    if revision.is_good and still.knows(revision):
+                        self.repository.change(revision, trust=Trust.DISTRUSTED, sample=None)
+                        log.warning("%s: %s is now distrusted", self.name, revision.id)
+        except BackyError as e:
+            log.warning("%s (this is not recorded)", e)
+
     def distrust_parent(self, base: Base | None, damaged: tuple[tuple[int, int], ...]) -> None:
         """Say that the parent is not what its digests say; our copy of it is written anew."""
         if base is None or not damaged:
@@ -4816,6 +6315,11 @@ class Backup:
             log.warning("%s", e or "out of memory")
         with suppress(MemoryError):
             self.repository.check_presence()
+        if self.job.source.keeps:
+            try:
+                self.snapshots.release("" if self.job.full_always else revision.id)
+            except BackyError as e:
+                log.warning("%s", e)
         log.info(
             "%s: revision %s complete: %s, %s written, in %.1f s",
             self.name,
@@ -5077,7 +6581,7 @@ class Verifier:
 
 def compare_with_source(repository: Repository, revision: Revision, source: Source) -> int:
     """Read revision and source, say where they differ; how many bytes do, in pages."""
-    with ExitStack() as stack, source.snapshot("backy") as still:
+    with ExitStack() as stack, source.reopen(revision) as still:
         image = CheckedImage(repository, revision, stack)
         if still.size != image.size:
             sizes = f"the source has {still.size} bytes, {revision.id} has {image.size}"
@@ -5104,8 +6608,10 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
 
         with explain(f"{repository.name}: cannot compare with the source"):
             pieces = image.pieces(still.reader.extents())
-            pass_over(f"{repository.name} (comparing)", image.size, pieces, compare)
+            label = f"{repository.name} (comparing)"
+            pass_over(label, image.size, pieces, compare, in_order=still.in_order)
         still.check()
+        still.finish()
         for line in describe_ranges(join_ranges(differing)):
             output(f"{revision.id}: differs from the source: {line}\n")
         if image.damage():
@@ -6177,7 +7683,9 @@ GLOBAL_OPTIONS = (
     Option("telnet-control", BOOLEAN, "no", "whether its users may start jobs and reload"),
     Option("space-warning", SPACE, "5%", "check warns with less free space than this"),
     Option("space-critical", SPACE, "2%", "check is critical with less than this"),
+    Option("source-types", SECTION, "", "further types of sources, and their programs"),
 )
+SOURCE_TYPE = re.compile("[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 JOB_OPTIONS = (
     Option("schedule", TEXT, None, "the name of its schedule"),
     Option("source", SECTION, None, "where its image comes from"),
@@ -6291,6 +7799,7 @@ class Configuration:
         self.jobs: dict[str, dict[str, Value]] = {}
         self.sources: dict[str, dict[str, Value]] = {}
         self.schedules: dict[str, Schedule | None] = {}
+        self.source_types: dict[str, Value] = {}  # the path of a plug-in for each name
 
     def load(self) -> Settings:
         """Read everything.  Raises ConfigErrors."""
@@ -6424,10 +7933,12 @@ class Configuration:
     def read_global(self) -> dict[str, Value]:
         """The settings of the scheduler, with all paths absolute."""
         if self.section is None:
-            values = {one.name: default_of(one) for one in GLOBAL_OPTIONS}
+            values = {one.name: default_of(one) for one in GLOBAL_OPTIONS if one.default}
         else:
             document, _, node = self.section
             values = document.section(node, GLOBAL_OPTIONS, self.section.key.text)
+            if "source-types" in values:
+                self.read_source_types(document, values.pop("source-types").value)
         if not {"base-dir", "status-file"} <= set(values):
             return values
         base = os.path.normpath(os.path.join(os.path.dirname(self.path), values["base-dir"].value))
@@ -6436,6 +7947,33 @@ class Configuration:
         status = os.path.normpath(os.path.join(base, status))
         values["status-file"] = replace(values["status-file"], value=status)
         return values
+
+    def read_source_types(self, document: Document, node: Node) -> None:
+        where, program = "source-types", Option("program", PATH)
+        for name, (key, one) in document.entries(node, where).items():
+            if not SOURCE_TYPE.fullmatch(name) or name in Source.types():
+                document.note(key, f"{where}: no further type can be called {printable(name)!r}")
+                continue
+            value = document.value(replace(program, name=name), one, where)
+            if value:
+                self.source_types[name] = value
+
+    def resolve_type(self, node: Node) -> Node:
+        """A source of a type that is a plug-in, as the source of type exec that it means."""
+        entries = node.entries if isinstance(node, Mapping) else {}
+        key, given = entries.get("type", (None, None))
+        if not isinstance(given, Scalar) or given.text not in self.source_types:
+            return node
+        path, base = self.source_types[given.text], os.path.dirname(self.path)
+        program = replace(path.node, text=os.path.join(base, path.value), plain=False)
+        return replace(
+            node,
+            entries={
+                **entries,
+                "type": (key, replace(given, text=ExecSource.type)),
+                "program": (key, program),
+            },
+        )
 
     def read_schedule(self, name: str, entry: Entry) -> Schedule | None:
         where = f"schedule {printable(name)}"
@@ -6453,7 +7991,8 @@ class Configuration:
             schedule = self.find_schedule(document, values["schedule"], where)
         source = {}
         if "source" in values:
-            self.sources[name] = read_source(document, values["source"].value, where, key)
+            node = self.resolve_type(values["source"].value)
+            self.sources[name] = read_source(document, node, where, key)
             source = self.absolute(self.sources[name])
         if not (schedule and source):
             return None
@@ -6803,10 +8342,15 @@ class Overview:
         entries = self.configuration.entries
         settings = self.configuration.settings
         return {
-            "global": self.leaves(GLOBAL_OPTIONS, settings),
+            "global": {**self.leaves(GLOBAL_OPTIONS, settings), **self.source_types()},
             "schedules": {name: self.schedule(one) for name, one in entries["schedule"].items()},
             "jobs": {name: self.job(name) for name in entries["job"]},
         }
+
+    def source_types(self) -> dict[str, Any]:
+        types = self.configuration.source_types
+        leaves = {name: (Option(name, PATH), value) for name, value in types.items()}
+        return {"source-types": leaves} if leaves else {}
 
     @staticmethod
     def leaves(options: Iterable[Option], values: dict[str, Value]) -> dict[str, Any]:
@@ -6823,7 +8367,7 @@ class Overview:
         kind = Source.types()[source["type"].value]
         return {
             **self.leaves((one for one in JOB_OPTIONS if one.name != "source"), values),
-            "source": self.leaves(kind.options(), source),
+            "source": self.leaves(kind.options_for(source), source),
         }
 
     def json(self, tree: Any = None) -> Any:
@@ -8134,9 +9678,6 @@ STATE_LIMIT = 64 * MiB
 MEMORY = ".scheduler"
 
 CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-PASSED_ON = frozenset(
-    ("HOME", "LANG", "LC_ALL", "TZ", "CEPH_ARGS", "CEPH_CONF", "CEPH_CLUSTER", "CEPH_KEYRING")
-)
 
 
 def identity_of(base: str | int) -> str:
@@ -10269,6 +11810,8 @@ def revision_json(revision: Revision) -> dict[str, Any]:
         "duration": revision.duration,
         "trust": revision.trust.value,
         "verified": format_time_json(revision.verified),
+        "verification": revision.stat("verification"),
+        "bytes_verified": revision.stat("bytes_verified"),
         "protected": revision.protected,
         "damaged": ranges_json(revision.damaged),
         "sums_damaged": revision.sums_damaged,
@@ -10277,8 +11820,8 @@ def revision_json(revision: Revision) -> dict[str, Any]:
 
 
 @command(
-    argument("type", metavar="TYPE", help="kind of source: file"),
-    argument("source", metavar="SOURCE", help="the image file or block device"),
+    argument("type", metavar="TYPE", help="kind of source: file, ceph-rbd, flyingcircus or exec"),
+    argument("source", metavar="SOURCE", help="the image: a path, or POOL/IMAGE; see backy(1)"),
     examples="backy -b /srv/backy/vm1 init file /var/lib/libvirt/images/vm1.img",
 )
 def init(args: argparse.Namespace) -> None:
@@ -10350,6 +11893,8 @@ def status_row(revision: Revision) -> list[str]:
         tags = f"{tags} (unverified)".strip()
     elif revision.trust is Trust.DISTRUSTED:
         tags = f"{tags} (distrusted)".strip()
+    elif revision.stat("verification") == "partial" and revision.trust is Trust.TRUSTED:
+        tags = f"{tags} (partly verified)".strip()
     durat = f"{revision.duration:.1f} s" if revision.duration is not None else "0 s"
     size = format_size(revision.bytes_written)
     return [format_time(revision.timestamp), revision.id, size, durat, tags]
@@ -10371,12 +11916,13 @@ def status(args: argparse.Namespace) -> None:
     columns = ["Date (UTC)", "ID", "Size", "Durat", "Tags"]
     rows = [status_row(revision) for revision in revisions]
     if args.verbose:
-        columns += ["Trust", "Verified (UTC)", "Protected", "Extents"]
+        columns += ["Trust", "Verified (UTC)", "Protected", "Extents", "Seen"]
         for row, revision, count in zip(rows, revisions, extents):
             verified = format_time(revision.verified) if revision.verified else "-"
+            seen = "-" if revision.share_seen is None else f"{100 * revision.share_seen:.3g} %"
             row += [revision.trust.value, verified, "yes" if revision.protected else "-"]
-            row.append("-" if count is None else str(count))
-    output(format_table(columns, rows, right=("Size", "Durat", "Extents")))
+            row += ["-" if count is None else str(count), seen]
+    output(format_table(columns, rows, right=("Size", "Durat", "Extents", "Seen")))
     total = format_size(sum(revision.bytes_written for revision in revisions))
     output(f"{len(revisions)} revisions containing {total} data (estimated)\n")
 

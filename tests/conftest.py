@@ -436,3 +436,16 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for name, points, violations, seconds in figures:
             line = f"{points:6} points  {violations} violations  {seconds:6.1f} s  {name}"
             terminalreporter.write_line(line)
+
+
+# -- Ceph ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Ceph cluster; starting it takes some seconds."""
+    from ceph_cluster import Cluster
+
+    one = Cluster()
+    yield one
+    one.close()

@@ -662,7 +662,10 @@ def test_what_can_be_no_tag_is_refused(plain_job, run, tags):
         ("{type: file}\n", "its source has no filename"),
         ("{type: file, filename: }\n", "its source has no filename"),
         ("{type: file, filename: [a]}\n", "its source has no filename"),
-        ("{type: file, filename: x, verify: often}\n", "verify is full or written, not 'often'"),
+        (
+            "{type: file, filename: x, verify: often}\n",
+            "verify is full, written or sample, not 'often'",
+        ),
         ("{type: file, filename: x, backend: chunked}\n", "this directory was made by backy 2.2"),
         ("\xff", "1:1: "),
         ("a: " + "x" * MiB, "larger than 1.00 MiB"),

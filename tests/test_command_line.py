@@ -23,6 +23,8 @@ from conftest import (
 
 import backy
 
+TYPES = "ceph, ceph-rbd, exec, file, flyingcircus"
+
 DONE = "parent: null\nstats: {bytes_written: 4096, duration: 1.5}\n"
 
 
@@ -546,8 +548,12 @@ def test_init_refuses_an_existing_config(tmp_path, run):
 @pytest.mark.parametrize(
     ("kind", "words", "complaint"),
     [
-        ("fiel", "/a", "no source type 'fiel' (file?); there are: file"),
-        ("\x1b", "/a", "no source type '\N{REPLACEMENT CHARACTER}'; there are: file"),
+        (
+            "fiel",
+            "/a",
+            f"no source type 'fiel' (file?); there are: {TYPES}",
+        ),
+        ("\x1b", "/a", f"no source type '\N{REPLACEMENT CHARACTER}'; there are: {TYPES}"),
         ("file", "", "a file source is initialised with the path of an image"),
     ],
 )
