@@ -3572,6 +3572,9 @@ class Repository:
 # the rest of the program knows of it.
 
 
+SAMPLE = 4 * MiB  # how much of a source is compared once more at one place
+
+
 class Changes:
     """What has changed in a source since a revision, from its beginning to its end, once."""
 
@@ -4393,14 +4396,16 @@ class CephStill(Still):
     def sample(self, spans: Iterable[Span]) -> Iterator[tuple[int, memoryview]]:
         """The parts that can still be read; all of them, but more slowly, without `rados`."""
         spans, is_read = list(spans), False
-        view = memoryview(bytearray(max((end - start for start, end in spans), default=0)))
+        view = memoryview(bytearray(SAMPLE))
         try:
             objects = Objects(self.rbd, self.info, self.own)
+            step = min(SAMPLE, objects.object_size)
             for start, end in spans if not self.is_striped() else ():
-                part = view[: end - start]
-                if objects.read(part, start):
-                    yield start, part
-                is_read = True
+                for offset in range(start, end, step):
+                    part = view[: min(step, end - offset)]
+                    if objects.read(part, offset):
+                        yield offset, part
+                    is_read = True
         except BackyError as e:
             if is_read:
                 raise
@@ -4569,10 +4574,12 @@ class Consul:
 
         kind = http.client.HTTPSConnection if self.is_secure else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=CONSUL_LIMIT)
-        alarm = threading.Timer(CONSUL_LIMIT, self.cut, [connection])
+        alarm = threading.Timer(CONSUL_LIMIT, lambda: self.cut(sock))
         alarm.daemon = True
-        alarm.start()
         try:
+            connection.connect()
+            sock = connection.sock  # which the answer takes over, if its length is not known
+            alarm.start()
             connection.request(method, f"/v1/kv/{path}", body, self.headers)
             answer = connection.getresponse()
             data = answer.read(MOST_ANSWER + 1)
@@ -4587,12 +4594,12 @@ class Consul:
         return answer.status, data
 
     @staticmethod
-    def cut(connection: Any) -> None:
+    def cut(sock: Any) -> None:
         """End a conversation that takes too long, whatever it waits for."""
         import socket
 
-        with suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
     def put(self, key: str, value: str) -> None:
         """Make a new entry.  Raises BackyError if there is one, or if that fails."""
@@ -5537,9 +5544,6 @@ def repair(repository: Repository, found: Iterable[tuple[int, int]], again: bool
 # digests, each forced to the medium and read back, then the metadata that says
 # complete, then `last`.  Until that one rename nothing counts, after it nothing
 # is undone.
-
-
-SAMPLE = 4 * MiB
 
 
 def block_mark(block: int, digest: bytes) -> int:
