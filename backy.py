@@ -5611,8 +5611,8 @@ class Update:
             if self.by_digest:
                 spans = join_blocks(length, lambda block: new[block] != digests[block])
             lost = [] if self.fresh else self.read_old(buffers, offset, length, spans)
-        is_equal = not spans or not (self.changes or self.fresh or lost or new != digests)
-        if is_equal and (not spans or buffers.equal(0, length)):
+        is_whole = not (self.changes or self.fresh or lost)
+        if not spans or (is_whole and new == digests and buffers.equal(0, length)):
             self.mark_trail(offset, new, 0)
             return
         runs = differing_runs(buffers, spans, self.fresh, lost)

@@ -444,8 +444,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
 @pytest.fixture(scope="session")
 def cluster():
     """A Ceph cluster; starting it takes some seconds."""
-    from ceph_cluster import Cluster
+    from ceph_cluster import TOOLS, Cluster
 
+    need_root()
+    for tool in TOOLS:
+        need_tool(tool)
     one = Cluster()
     yield one
     one.close()

@@ -254,27 +254,6 @@ def test_an_image_that_was_deleted_keeps_its_revisions(run, image, job):
     assert len(revisions(job)) == 1 and run("-b", job, "verify").status == 0
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "rbd",
-        "/x",
-        "rbd/",
-        "rbd/a/b/c",
-        "-p/x",
-        "rbd/-x",
-        "rbd/a@b",
-        "rbd/a b\n",
-        "x\0/y",
-    ],
-)
-def test_what_can_be_no_image_is_refused(tmp_path, run, words):
-    result = run("-b", tmp_path / "job", "init", "--", "ceph-rbd", words)
-    assert (result.status, result.err.count("\n")) == (1, 1)
-    assert "POOL/IMAGE or POOL/NAMESPACE/IMAGE" in result.err
-
-
 # -- what can go wrong ----------------------------------------------------------
 
 

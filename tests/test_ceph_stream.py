@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import struct
+import sys
 
 import pytest
 from conftest import MiB, noise
@@ -224,3 +226,122 @@ def read_independently(stream: bytes) -> list[tuple[int, bytes]]:
             data, start = data[stop - start :], stop
     assert at == len(stream) - 1
     return seen
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "rbd",
+        "/x",
+        "rbd/",
+        "rbd/a/b/c",
+        "-p/x",
+        "rbd/-x",
+        "rbd/a@b",
+        "rbd/a b\n",
+        "x\0/y",
+    ],
+)
+def test_what_can_be_no_image_is_refused(tmp_path, run, words):
+    result = run("-b", tmp_path / "job", "init", "--", "ceph-rbd", words)
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert "POOL/IMAGE or POOL/NAMESPACE/IMAGE" in result.err
+
+
+# -- what rbd may answer: a script in its place ---------------------------------
+
+SOUND = {
+    "info": json.dumps({"size": 2 * MiB, "object_size": 4 * MiB, "features": []}),
+    "snap ls": json.dumps([{"id": 1, "name": "NAME", "size": 2 * MiB}]),
+    "snap create": "",
+    "snap rm": "",
+}
+FAKE = """
+import os, re, sys
+answers, log = eval(open({answers!r}).read()), {log!r}
+words = sys.argv[1:]
+with open(log, "a") as file: file.write(" ".join(words) + "\\n")
+verb = " ".join(words[:2]) if words[0] == "snap" else words[0]
+made = re.findall("snap create .*@(.*)", open(log).read())
+if verb == "export":
+    sys.stdout.write("x" * answers.get("length", {size}))
+else:
+    sys.stdout.write(answers[verb].replace("NAME", made[-1] if made else ""))
+sys.exit(answers.get("status", 0) if verb == answers.get("failing") else 0)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, run, monkeypatch):
+    """A function that makes a backup with a `rbd` of these answers; its result and its calls."""
+    log, program, answers = tmp_path / "log", tmp_path / "rbd", tmp_path / "answers"
+    text = FAKE.format(answers=str(answers), log=str(log), size=2 * MiB)
+    program.write_text(f"#!{sys.executable}\n{text}")
+    program.chmod(0o755)
+    monkeypatch.setenv("BACKY_RBD", str(program))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert run("-b", tmp_path / "job", "init", "ceph-rbd", "rbd/vm").status == 0
+
+    def backup(**given):
+        answers.write_text(repr({**SOUND, **given}))
+        result = run("-b", tmp_path / "job", "backup", "daily")
+        return result, log.read_text().splitlines()
+
+    backup.job = tmp_path / "job"
+    return backup
+
+
+def test_what_is_asked_of_rbd(fake):
+    result, calls = fake()
+    assert result.status == 0, result
+    name = (fake.job / "last").resolve().name
+    assert calls[0] == "info rbd/vm --format=json"
+    assert calls[1] == f"snap create rbd/vm@backy-{name}"
+    assert f"export rbd/vm@backy-{name} -" in calls
+    assert (fake.job / "last").read_bytes() == b"x" * 2 * MiB
+    assert (fake.job / ".snapshots").read_text() == f"rbd/vm@backy-{name}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"info": "[]"}, "an answer of another kind"),
+        ({"info": "oops"}, "is no JSON"),
+        ({"snap ls": "{}"}, "an answer of another kind"),
+        ({"snap ls": "[]"}, "there is no snapshot backy-"),
+        ({"snap ls": '[1, null, {}, {"name": 5}]'}, "there is no snapshot backy-"),
+        ({"snap ls": '[{"name": "NAME", "size": "7"}]'}, "which is no number"),
+        ({"snap ls": '[{"name": "NAME", "size": -7}]'}, "which is no number"),
+        ({"length": 2 * MiB - 1}, "its output ends before"),
+        ({"length": 2 * MiB + 1}, "there is more than its end"),
+        ({"length": 0}, "its output ends before"),
+        ({"failing": "export", "status": 1}, "exit status 1"),
+        ({"failing": "info", "status": 1}, "exit status 1"),
+        ({"failing": "snap create", "status": 17}, "exit status 17"),
+    ],
+)
+def test_an_odd_answer_is_an_error_and_leaves_nothing(fake, given, complaint):
+    result, calls = fake(**given)
+    assert result.status == 1 and complaint in result.err and "Traceback" not in result.err
+    assert not list(fake.job.glob("*.rev"))
+    assert ("snap rm" in calls[-1]) == ("info" not in given and given.get("failing") != "info")
+
+
+def test_a_snapshot_that_cannot_be_removed_is_remembered(fake):
+    fake()
+    (first,) = (fake.job / ".snapshots").read_text().splitlines()
+    listing = [{"id": 1, "name": "NAME", "size": 5}, {"name": first.partition("@")[2]}]
+    answers = {"snap ls": json.dumps(listing), "length": 5, "failing": "snap rm", "status": 16}
+    result, _ = fake(**answers)
+    assert result.status == 0 and "stays, which is tried again next time" in result.err
+    assert first in (fake.job / ".snapshots").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "text", ["\xff\xfe", "-rf /\n", "rbd/vm@by-hand\n", "x@backy-\n", "\x1b[2J\n"]
+)
+def test_nothing_but_snapshots_of_ours_is_removed_whatever_the_list_says(fake, text):
+    (fake.job / ".snapshots").write_text(text)
+    result, calls = fake()
+    assert result.status == 0 and not any("snap rm" in call for call in calls)

@@ -766,11 +766,62 @@ def dedup(lab: Laboratory, table: Table, size: int) -> None:
                 table.fact(f"{step}: peak memory", took.peak, in_mib, 40 * MiB)
 
 
+def ceph(lab: Laboratory, table: Table) -> None:
+    """An image of 1 GiB on a cluster in memory, of which 1 % changes each time."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from ceph_cluster import TOOLS, Cluster, Image
+
+    step = "ceph: 1 GiB, 1 % changed"
+    if not (lab.is_root and all(map(shutil.which, TOOLS))):
+        table.add(step, "skipped: needs root, ceph-mon, ceph-osd and ceph-common")
+        return
+    cluster = Cluster()
+    try:
+        with lab.file_system("STORE", "xfs", 4 * GiB), lab.file_system("OTHER", "xfs", 8 * GiB):
+            os.environ.update(CEPH_CONF=str(cluster.conf), JOB=f"{place('STORE')}/job")
+            image = Image(cluster, "rbd/bench", GiB)
+            for at in range(0, GiB, 32 * MiB):
+                image.write((at, os.urandom(16 * MiB)))
+            lab.sh("backy -b $JOB init ceph-rbd rbd/bench && backy -b $JOB backup daily")
+            for kind in ("scattered", "clustered"):
+                compare_ceph(lab, table, f"{step}, {kind}", image, kind)
+    finally:
+        cluster.close()
+
+
+def compare_ceph(lab: Laboratory, table: Table, step: str, image: object, kind: str) -> None:
+    length = PAGE if kind == "scattered" else MiB
+
+    def each_round() -> None:
+        places = random.sample(range(GiB // length), GiB // 100 // length)
+        for name, changes in (("old", []), ("new", places)):
+            image.write(*((at * length, os.urandom(length)) for at in changes))
+            lab.sh(f"rbd snap rm --no-progress rbd/bench@{name} 2>&- || :")
+            lab.sh(f"rbd snap create --no-progress rbd/bench@{name}")
+        lab.sh("rm -f $OTHER/*; rbd export-diff --no-progress rbd/bench@old $OTHER/first")
+
+    diff = "rbd export-diff --no-progress --from-snap old rbd/bench@new"
+    merged = "rbd merge-diff --no-progress $OTHER/first $OTHER/diff $OTHER/merged"
+    contenders = {
+        "backy": backy("backup daily", store="STORE"),
+        "rbd export-diff > /dev/null": Contender(f"{diff} - > /dev/null"),
+        "rbd export": Contender("rbd export --no-progress rbd/bench@new $OTHER/whole && sync"),
+        "rbd export-diff, merge-diff": Contender(f"{diff} $OTHER/diff && {merged} && sync"),
+    }
+    found = lab.compare(step, contenders, each_round)
+    ours = found.pop("backy")
+    for peer, theirs in found.items():
+        table.compared(step, ours, peer, theirs)
+    size = int(lab.sh(f"{diff} - | wc -c"))
+    told = json.loads(lab.sh("backy -b $JOB status --json"))["revisions"][-1]
+    table.fact(f"{step}: written", told["bytes_written"], in_mib, None, ("the diff", size), 1.5)
+
+
 # ==== Command line ===========================================================
 
 WITH_IMAGE = {one.__name__: one for one in (steps, memory, start, cache, two, resume)}
 QUICK = ("steps", "memory", "start")
-PARTS = (*WITH_IMAGE, "dedup", "days")
+PARTS = (*WITH_IMAGE, "dedup", "ceph", "days")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -826,6 +877,8 @@ def measure_all(args: argparse.Namespace, lab: Laboratory, tables: list[Table]) 
                 part(lab, tables[0])
     if "dedup" in args.parts:
         dedup(lab, tables[0], min(512 * MiB, args.bytes))
+    if "ceph" in args.parts:
+        ceph(lab, tables[0])
     if "days" in args.parts:
         tables.append(Table(DAYS))
         days(lab, tables[1], args.days or 60, min(512 * MiB, args.bytes))

@@ -28,6 +28,9 @@ packages() {
     done <<-END
 	bash bash
 	busybox busybox
+	ceph-mon ceph-mon
+	ceph-osd ceph-osd
+	rbd ceph-common
 	dash dash
 	losetup mount
 	make make
