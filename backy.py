@@ -2172,11 +2172,7 @@ def own_words(said: bytes) -> str:
 
 def program_environment(**more: str) -> dict[str, str]:
     """What a program gets of our environment: nothing that changes how it is loaded."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in PASSED_ON or name.startswith("BACKY_")
-    }
+    kept = {name: value for name, value in os.environ.items() if name in PASSED_ON}
     return {"PATH": os.environ.get("PATH", os.defpath), **kept, **more}
 
 
@@ -2231,10 +2227,13 @@ class Program:
         self.deadline = time.monotonic() + self.limit
         return self
 
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def __exit__(self, *_: object) -> None:
         if self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             with suppress(Exception):  # one that cannot be killed is waited for by init
                 self.process.wait(10)
         self.process.stdout.close()
@@ -2365,6 +2364,7 @@ class Buffers:
         self.room = bytearray(UNIT + PAGE)
         self.first = -ctypes.addressof(ctypes.c_char.from_buffer(self.room)) % PAGE
         self.old = memoryview(self.room)[self.first : self.first + UNIT]
+        self.covered: list[Span] = []  # what of `new` has come from a source that names changes
 
     def equal(self, start: int, end: int) -> bool:
         """Whether both hold the same there; of all ways to ask, this one copies nothing."""
@@ -2603,6 +2603,17 @@ def all_runs(buffers: Buffers, length: int) -> list[tuple[int, int, bool]]:
     return runs
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What is read from a pipe: by whoever has taken the next piece, and before another does.
+
+    `abort` makes a reader that waits give up.
+    """
+
+    take: Callable[[int, int, Buffers], None]
+    abort: Callable[[], None]
+
+
 class Crew:
     """Threads that take pieces from one list.
 
@@ -2612,9 +2623,13 @@ class Crew:
     """
 
     def __init__(
-        self, pieces: Iterable[tuple[int, int]], work: Callable[[int, int, Buffers], None]
+        self,
+        pieces: Iterable[tuple[int, int]],
+        work: Callable[[int, int, Buffers], None],
+        turns: Turns | None,
     ) -> None:
-        self.queue, self.work = iter(pieces), work
+        self.queue, self.work, self.turns = iter(pieces), work, turns
+        self.turn = threading.Lock()
         self.lock, self.is_stopped, self.done = threading.Lock(), False, threading.Event()
         self.active = 0
         self.failures: list[BaseException] = []
@@ -2630,8 +2645,7 @@ class Crew:
         try:
             buffers = Buffers()
             while not self.is_stopped:
-                with self.lock:
-                    piece = next(self.queue, None)
+                piece = self.take(buffers)
                 if piece is None:
                     return
                 self.work(*piece, buffers)
@@ -2640,6 +2654,20 @@ class Crew:
             self.is_stopped = True
         finally:
             self.leave()
+
+    def take(self, buffers: Buffers) -> tuple[int, int] | None:
+        """The next piece, None if that was all, or nobody can know what is next."""
+        with self.turn:
+            if self.is_stopped:
+                return None
+            try:
+                piece = next(self.queue, None)
+                if piece is not None and self.turns:
+                    self.turns.take(*piece, buffers)
+                return piece
+            except BaseException:
+                self.is_stopped = True
+                raise
 
     def leave(self) -> None:
         with self.lock:
@@ -2660,6 +2688,7 @@ def work_through(
     work: Callable[[int, int, Buffers], None],
     tick: Callable[[], None],
     workers: int,
+    turns: Turns | None = None,
 ) -> None:
     """Call `work` for each (offset, length), in `workers` threads; `tick` now and then in this one.
 
@@ -2669,16 +2698,22 @@ def work_through(
     if workers <= 1:
         buffers = Buffers()
         for offset, length in pieces:
+            if turns:
+                turns.take(offset, length, buffers)
             work(offset, length, buffers)
             tick()
         return
     give_memory_back()
-    crew = Crew(pieces, work)
+    crew = Crew(pieces, work, turns)
     try:
         for _ in range(workers):
             crew.start_worker()
         while not crew.done.wait(0.1):
             tick()
+    except BaseException:
+        if turns:
+            turns.abort()
+        raise
     finally:
         crew.stop()
     if crew.failures:
@@ -3592,6 +3627,9 @@ class Changes:
     def finish(self) -> None:
         """Raise BackyError unless that was all, and can be relied on."""
 
+    def abort(self) -> None:
+        """Make who waits for more give up."""
+
 
 def whole_blocks(extents: Iterable[tuple[int, int]], size: int) -> list[Span]:
     """(start, end) of the blocks that these (offset, length) touch, in an image of `size` bytes."""
@@ -3682,6 +3720,9 @@ class PipedChanges(Changes):
             self.refuse("there is more than was read of it")
         self.program.finish()
 
+    def abort(self) -> None:
+        self.program.kill()
+
 
 class PipeReader:
     """Reads an image that a program prints, from its beginning on; starts it when needed."""
@@ -3711,6 +3752,10 @@ class PipeReader:
         """Raise BackyError unless the program has printed just this image, and ended well."""
         if self.program:
             self.program.finish()
+
+    def abort(self) -> None:
+        if self.program:
+            self.program.kill()
 
 
 class Still:
@@ -4179,7 +4224,7 @@ class DiffStream(PipedChanges):
             name = bytearray(length)
             self.take(memoryview(name))
             if bytes(name) != self.names[tag].encode():
-                self.refuse(f"it is about {bytes(name)!r}, not {self.names[tag]!r}")
+                self.refuse(f"it is about {bytes(name[:70])!r}, not {self.names[tag]!r}")
         if missing:
             self.refuse(f"record {tag!r} comes before {b' '.join(sorted(missing))!r}")
         return tag
@@ -4557,6 +4602,12 @@ CONSUL_LIMIT = 10.0  # seconds for one question and its answer
 MOST_ANSWER = MiB
 
 
+def quote_key(key: str) -> str:
+    from urllib.parse import quote
+
+    return quote(key, safe="/")
+
+
 class Consul:
     """Questions to the key-value store of Consul, of which none takes long."""
 
@@ -4626,12 +4677,6 @@ class Consul:
         status, _ = self.ask("DELETE", quote_key(key))
         if status not in (200, 404):
             raise BackyError(f"Consul has not removed a request (status {status})")
-
-
-def quote_key(key: str) -> str:
-    from urllib.parse import quote
-
-    return quote(key, safe="/")
 
 
 def new_uuid() -> str:
@@ -5005,7 +5050,7 @@ def pass_over(
     pieces: Iterable[tuple[int, int]],
     work: Callable[[int, int, Buffers], None],
     look: Callable[[], None] = lambda: None,
-    in_order: bool = False,
+    turns: Turns | None = None,
 ) -> None:
     """Call `work` for these pieces of an image of `size` bytes, and `look` now and then."""
     with Progress(label, size) as progress:
@@ -5018,7 +5063,7 @@ def pass_over(
             progress.tick()
             look()
 
-        work_through(pieces, piece, tick, 1 if in_order else workers_for(size))
+        work_through(pieces, piece, tick, workers_for(size), turns)
 
 
 def report_progress(*_: object) -> None:
@@ -5586,6 +5631,9 @@ class Update:
         self.is_resumed = False
         self.bytes_kept = self.bytes_kept_written = 0
         self.lock = threading.Lock()
+        self.turns: Turns | None = None
+        if (changes or still).in_order:
+            self.turns = Turns(self.take, changes.abort if changes else still.reader.abort)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """The units that hold something in the source, in the image or in the digests."""
@@ -5599,13 +5647,14 @@ class Update:
         self.reached = max(self.reached, offset)
         if self.is_resumed and self.is_done(offset, length, buffers):
             return
+        if not self.turns:
+            self.take(offset, length, buffers)
         digests = [bytes(DIGEST)] * -(-length // BLOCK)
         if not self.fresh:
             digests = self.sums.read(offset, length)
         if self.changes:
             new, spans, lost = self.patch(buffers, offset, length, digests)
         else:
-            self.read_source(buffers.new, offset, length)
             new = [block_digest(buffers.new[start:end]) for _, start, end in blocks_of(length)]
             spans = [(0, length)]
             if self.by_digest:
@@ -5634,6 +5683,13 @@ class Update:
         self.note(offset, changed, new)
         self.mark_trail(offset, new, written)
 
+    def take(self, offset: int, length: int, buffers: Buffers) -> None:
+        """Read what the source has there, or what has changed there."""
+        if self.changes:
+            buffers.covered = self.changes.read(buffers.new, offset, length)
+        else:
+            self.read_source(buffers.new, offset, length)
+
     def patch(
         self, buffers: Buffers, offset: int, length: int, digests: list[bytes]
     ) -> tuple[list[bytes], list[Span], list[int]]:
@@ -5642,7 +5698,7 @@ class Update:
         Whole blocks are made of it, so each block that is touched must be what its
         digest says, or rot would get a digest of its own.
         """
-        covered = self.changes.read(buffers.new, offset, length)
+        covered = buffers.covered
         self.named.add(offset // SAMPLE)
         first = offset // BLOCK
         touched = {
@@ -5992,33 +6048,36 @@ class Backup:
             proven = self.prove(update, reader, digest)
             if update.changes:
                 proven += self.compare_sample(update, reader)
-            state = state_of_inode(image_fd)
             extents = self.extents_when_written(base) if base and cloned else 0
             with suppress(OSError):
                 extents = extents or count_extents(image_fd)
-        if is_resumed:
-            kept = format_size(update.bytes_kept)
-            log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
-        everything = not update.by_digest
-        how = "full" if everything else "written"
+            if is_resumed:
+                kept = format_size(update.bytes_kept)
+                log.info("%s: %s of the interrupted run were sound and kept", self.name, kept)
+            stats = {**revision.stats, **self.figures(update, proven)}
+            everything = not update.by_digest
+            return replace(
+                revision,
+                size=still.size,
+                digest=digest,
+                bytes_written=update.writer.bytes_written + update.bytes_kept_written,
+                trust=Trust.VERIFIED if everything else Trust.TRUSTED,
+                verified=datetime.now(UTC) if everything else None,
+                image_state=state_of_inode(image_fd) if everything else "",
+                stats={**stats, "extents_when_written": extents},
+            )
+
+    def figures(self, update: Update, proven: int) -> dict[str, Any]:
+        """How the new image was proven, and by how many bytes; how many came from the source."""
+        size, source = update.still.size, update.changes or update.still.reader
+        how = "written" if update.by_digest else "full"
         if update.changes:
             how = "sample" if self.is_sampled else "partial"
-        stats = {**revision.stats, "verification": how}
-        stats["bytes_verified"] = still.size if everything else min(proven, still.size)
-        stats["bytes_read"] = (
-            update.changes.bytes_read if update.changes else still.reader.bytes_read
-        )
-        stats["extents_when_written"] = extents
-        return replace(
-            revision,
-            size=still.size,
-            digest=digest,
-            bytes_written=update.writer.bytes_written + update.bytes_kept_written,
-            trust=Trust.VERIFIED if everything else Trust.TRUSTED,
-            verified=datetime.now(UTC) if everything else None,
-            image_state=state if everything else "",
-            stats=stats,
-        )
+        return {
+            "verification": how,
+            "bytes_verified": min(proven, size) if update.by_digest else size,
+            "bytes_read": source.bytes_read,
+        }
 
     def find_changes(
         self, still: Still, base: Base | None, is_comparable: bool, stack: ExitStack
@@ -6139,9 +6198,8 @@ class Backup:
                 still.check()
 
         try:
-            in_order = update.changes.in_order if update.changes else still.in_order
             with explain("cannot examine the source or the image"):
-                pass_over(self.name, still.size, update.pieces(), update.unit, look, in_order)
+                pass_over(self.name, still.size, update.pieces(), update.unit, look, update.turns)
                 still.check()
             update.changes.finish() if update.changes else still.finish()
         except SourceChanged as e:
@@ -6593,14 +6651,20 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
         differing: list[tuple[int, int]] = []
         count, lock = 0, threading.Lock()
 
-        def compare(offset: int, length: int, buffers: Buffers) -> None:
-            nonlocal count
-            image.read(buffers.new, offset, length)
+        def take(offset: int, length: int, buffers: Buffers) -> None:
             try:
                 still.reader.read(buffers.old, offset, length)
             except EOFError:
                 still.check()
                 raise OSError(errno.EIO, "the source ends before its end") from None
+
+        turns = Turns(take, still.reader.abort) if still.in_order else None
+
+        def compare(offset: int, length: int, buffers: Buffers) -> None:
+            nonlocal count
+            if not turns:
+                take(offset, length, buffers)
+            image.read(buffers.new, offset, length)
             runs = differing_runs(buffers, [(0, length)])
             with lock:
                 count += sum(end - start for start, end, _ in runs)
@@ -6613,7 +6677,7 @@ def compare_with_source(repository: Repository, revision: Revision, source: Sour
         with explain(f"{repository.name}: cannot compare with the source"):
             pieces = image.pieces(still.reader.extents())
             label = f"{repository.name} (comparing)"
-            pass_over(label, image.size, pieces, compare, in_order=still.in_order)
+            pass_over(label, image.size, pieces, compare, turns=turns)
         still.check()
         still.finish()
         for line in describe_ranges(join_ranges(differing)):

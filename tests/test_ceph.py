@@ -534,3 +534,41 @@ def test_the_scheduler_may_back_it_up(run, ceph, image, xfs, tmp_path):
     (xfs / "vm/config").write_bytes(backy.job_config(job))
     backup(run, xfs / "vm")
     assert_same(image, xfs / "vm")
+
+
+def test_a_snapshot_of_flying_circus_is_made_on_request_or_is_a_plain_one(
+    run, ceph, image, xfs, monkeypatch
+):
+    from test_flyingcircus import Server
+
+    server, job = Server(), xfs / "job"
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", server.address)
+    for name in ("pause", "every"):
+        monkeypatch.setattr(backy.FlyingCircusSource, name, 0.1)
+    made = []
+
+    def obey(key, value):
+        request = json.loads(value)
+        made.append(request["snapshot"])
+        image.rbd("snap", "create", "--no-progress", f"{image.name}@{request['snapshot']}")
+
+    server.on_put = obey
+    assert run("-b", job, "init", "flyingcircus", f"{image.name},vm1,secret").status == 0
+    for number in range(2):
+        image.write((number, b"x"))
+        assert "warning" not in backup(run, job).err
+        newest = assert_same(image, job)
+        assert made[-1] == f"backy-{newest.id}" and server.store == {}
+    server.misbehave = lambda handler: not handler.answer(500)
+    assert "a plain snapshot, without the guest" in backup(run, job).err
+    assert_same(image, job)
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_image_of_no_bytes(run, image, job):
+    image.resize(0)
+    for size in (0, 0, 9 * MiB + 1, 0, 4096):
+        image.resize(size)
+        backup(run, job)
+        assert_same(image, job)

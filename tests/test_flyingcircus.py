@@ -109,6 +109,7 @@ def consul(monkeypatch):
     server = Server()
     monkeypatch.setenv("CONSUL_HTTP_ADDR", server.address)
     monkeypatch.setattr(backy, "CONSUL_LIMIT", 0.7)
+    monkeypatch.setattr(backy.log, "propagate", True)  # whatever ran before in this process
     kind = backy.FlyingCircusSource
     for name, value in (("pause", 0.01), ("every", 0.02), ("limit", 0.4)):
         monkeypatch.setattr(kind, name, value)

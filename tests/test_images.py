@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import threading
+import time
 
 import pytest
 from conftest import MiB, allocated_bytes, noise, write_image
@@ -316,3 +317,42 @@ def test_threads_that_cannot_be_started_are_a_failure(monkeypatch):
 def test_small_images_need_no_threads():
     assert backy.workers_for(8 * MiB) == 1
     assert backy.workers_for(8 * MiB + 1) > 1
+
+
+@pytest.mark.parametrize("number", range(0, 40, 7))
+def test_what_is_taken_in_turns_is_taken_in_order_and_a_failure_is_the_end(number):
+    """After a failure nobody may ask for the next piece: what is next is not known."""
+    taken, asked = [], []
+
+    def pieces():
+        for at in range(50):
+            asked.append(at)
+            yield at * backy.UNIT, backy.UNIT
+
+    def take(offset, length, buffers):
+        assert asked[-1] * backy.UNIT == offset
+        if len(taken) == number:
+            raise backy.BackyError("the pipe is broken")
+        taken.append(offset)
+
+    with pytest.raises(backy.BackyError, match="the pipe is broken"):
+        turns = backy.Turns(take, lambda: None)
+        backy.work_through(pieces(), lambda *_: None, lambda: None, 4, turns)
+    assert len(asked) == number + 1 and taken == sorted(taken)
+
+
+def test_who_waits_for_a_pipe_is_made_to_give_up_when_the_work_is_stopped():
+    given_up = threading.Event()
+
+    def take(offset, length, buffers):
+        assert given_up.wait(20)
+        raise backy.BackyError("given up")
+
+    def tick():
+        raise backy.Stopped(15)
+
+    started = time.monotonic()
+    with pytest.raises(backy.Stopped):
+        turns = backy.Turns(take, given_up.set)
+        backy.work_through(iter([(0, 1)] * 9), lambda *_: None, tick, 4, turns)
+    assert time.monotonic() - started < 5
