@@ -156,7 +156,8 @@ class Image:
         path.unlink()
 
     def resize(self, size: int) -> None:
-        self.rbd("resize", "--allow-shrink", "--no-progress", "--size", f"{size}B", self.name)
+        if size != self.size:
+            self.rbd("resize", "--allow-shrink", "--no-progress", "--size", f"{size}B", self.name)
         self.size = size
 
     def snapshots(self) -> list[str]:
