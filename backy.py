@@ -4278,7 +4278,7 @@ class RBD:
 
 def whole_number(mapping: dict[str, Any], key: str, what: str) -> int:
     value = mapping.get(key)
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise BackyError(f"{what}: its {key} is {printable(value)[:100]!r}, which is no number")
     return value
 

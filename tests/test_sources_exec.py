@@ -204,6 +204,8 @@ BAD = {
     "no path and no size": "print('{}')",
     "a size that is none": "print(json.dumps({'size': -1}))",
     "a size that is text": "print(json.dumps({'size': '7'}))",
+    "a size that no file has": "print(json.dumps({'size': 1 << 70}))",
+    "a size that nothing holds": "print(json.dumps({'size': (1 << 63) - 1}))",
     "a path that is not there": "print(json.dumps({'path': '/nonexistent'}))",
     "a path to a directory": "print(json.dumps({'path': '/'}))",
     "nothing to read": "print(json.dumps({'size': 100}) if sys.argv[1] == 'snapshot' else '{}')",
