@@ -6273,39 +6273,23 @@ class Backup:
         A difference says that the source was wrong about what has changed: then
         nothing that it knows of is a parent any more.
         """
-        still, size, differing = update.still, update.still.size, -1
+        size, differing = update.still.size, -1
         deadline = time.monotonic() + self.job.sample_time.total_seconds()
         spans = choose_sample(size, update.named, update.changes.bytes_read)
         wanted = sum(end - start for start, end in spans)
-        view = memoryview(mmap.mmap(-1, UNIT))
-
-        def compare() -> int:
-            """Where the first difference is, -1 if there is none."""
-            for offset, part in still.sample(spans):
-                for at in range(0, len(part), UNIT):
-                    piece = part[at : at + UNIT]
-                    if reader.salvage(view, offset + at, len(piece)) or view[: len(piece)] != piece:
-                        return offset + at
-                self.sampled += len(part)
-                progress.reach(self.sampled)
-                progress.tick()
-                if time.monotonic() > deadline:
-                    break
-            return -1
-
         try:
-            label = f"{self.name} (comparing a sample)"
-            with Progress(label, wanted) as progress, explain(f"{self.name}: cannot read back"):
+            with Progress(f"{self.name} (comparing a sample)", wanted) as progress:
                 for _ in range(3):  # others, for those which have changed in the source since
-                    differing = compare()
+                    differing = self.compare_parts(update.still, reader, spans, deadline, progress)
                     missing = wanted - self.sampled
                     if differing >= 0 or missing <= 0 or time.monotonic() > deadline:
                         break
                     spans = choose_sample(size - size % SAMPLE, update.named, missing * 5 // 2)
-        except ProgramFailed as e:
-            log.warning("%s: the sample cannot be read: %s", self.name, e)
+        except (BackyError, OSError, EOFError) as e:
+            what = e if isinstance(e, BackyError) else f"{update.still.name}: {e or 'it ends'}"
+            log.warning("%s: the sample cannot be read: %s", self.name, what)
         if differing >= 0:
-            self.distrust_known(still)
+            self.distrust_known(update.still)
             raise Distrusted(
                 f"{self.name}: verification failed: the source has other bytes than the image "
                 f"between offset {differing} and {min(differing + UNIT, size)}, which it has not "
@@ -6317,6 +6301,23 @@ class Backup:
         if not self.is_sampled:
             log.warning("%s: partly verified: only %s of the sample", self.name, sampled)
         return self.sampled
+
+    def compare_parts(
+        self, still: Still, reader: Reader, spans: list[Span], deadline: float, progress: Progress
+    ) -> int:
+        """Where the source and what the disk holds differ first in these parts; -1 if nowhere."""
+        view = memoryview(mmap.mmap(-1, UNIT))
+        for offset, part in still.sample(spans):
+            for at in range(0, len(part), UNIT):
+                piece = part[at : at + UNIT]
+                if reader.salvage(view, offset + at, len(piece)) or view[: len(piece)] != piece:
+                    return offset + at
+            self.sampled += len(part)
+            progress.reach(self.sampled)
+            progress.tick()
+            if time.monotonic() > deadline:
+                break
+        return -1
 
     def distrust_known(self, still: Still) -> None:
         """Distrust each revision from which the source could be asked for changes."""

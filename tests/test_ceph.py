@@ -572,3 +572,18 @@ def test_an_image_of_no_bytes(run, image, job):
         image.resize(size)
         backup(run, job)
         assert_same(image, job)
+
+
+def test_an_image_whose_objects_are_in_another_pool(run, ceph, xfs):
+    ceph.run("ceph", "osd", "pool", "create", "data", "8")
+    ceph.run("rbd", "pool", "init", "data")
+    image = Image(ceph, "rbd/split", 12 * MiB, "--data-pool", "data")
+    image.write((0, noise(9 * MiB, 1)))
+    job = xfs / "job"
+    run("-b", job, "init", "ceph-rbd", image.name)
+    backup(run, job)
+    image.write((5 * MiB, b"x"))
+    result = backup(run, job, "-v")
+    assert "rados --pool=data" in result.err and "cannot be read by its objects" not in result.err
+    assert_same(image, job)
+    assert stat_of(job, "verification") == "sample"

@@ -197,6 +197,22 @@ def test_an_end_of_the_sample_time_is_said(run, chunks, monkeypatch):
     assert "(partly verified)" in run("-b", job, "status").out
 
 
+def test_a_sample_that_cannot_be_read_leaves_the_revision_partly_verified(run, chunks, monkeypatch):
+    job, top, change = chunks
+    backup(run, job)
+    change(3, 77)
+    text = (top.parent / "plug-in").read_text()
+    broken = (
+        'if verb == "read" and len(ask["extents"]) > 1: sys.exit("no more")\nif verb == "read":'
+    )
+    (top.parent / "plug-in").write_text(text.replace('elif verb == "read":', broken, 1))
+    monkeypatch.setattr(backy, "choose_sample", lambda *_: [(0, 4096), (8192, 9000)])
+    result = backup(run, job)
+    assert "the sample cannot be read" in result.err and "no more" in result.err
+    assert stat_of(job, "verification") == "partial"
+    assert (job / "last").read_bytes() == whole(top)
+
+
 BAD = {
     "no JSON": "print('{')",
     "no mapping": "print(3)",

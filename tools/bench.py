@@ -895,7 +895,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     if args.install:
-        packages = ["qemu-utils", "borgbackup", "restic"]
+        packages = ["qemu-utils", "borgbackup", "restic", "ceph-mon", "ceph-osd", "ceph-common"]
         subprocess.run(["apt-get", "install", "--yes", *packages], stdout=sys.stderr, check=True)
     newest = max((ROOT / name).stat().st_mtime for name in ("backy.py", "tools/build.py"))
     if not args.program.exists() or args.program.stat().st_mtime < newest:
