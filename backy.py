@@ -4892,10 +4892,13 @@ class PlugInStill(Still):
         return self.tells
 
     def changes(self, revision: Revision, stack: ExitStack) -> Changes | str:
-        answer = self.plug_in.ask("changes", parent=revision.id)
-        if "extents" not in answer:
-            return printable(answer.get("unknown") or "the plug-in does not know what has changed")
-        extents = decode_extents(answer["extents"], self.size, self.plug_in.shown)
+        try:
+            answer = self.plug_in.ask("changes", parent=revision.id)
+            if "extents" not in answer:
+                return printable(answer.get("unknown") or "the plug-in does not know")[:500]
+            extents = decode_extents(answer["extents"], self.size, self.plug_in.shown)
+        except BackyError as e:
+            return str(e)
         if not self.in_order:
             return ListedChanges(self.reader, whole_blocks(extents, self.size))
         spans = whole_blocks(extents, self.size)

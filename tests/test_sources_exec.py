@@ -213,6 +213,23 @@ def test_a_sample_that_cannot_be_read_leaves_the_revision_partly_verified(run, c
     assert (job / "last").read_bytes() == whole(top)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["sys.exit('no idea')", "print('{')", "print('[[0, 5]]')", "print('{}')",
+     "print('{\"unknown\": \"no idea\"}')", "print('[' + '1, ' * 8_000_000 + '1]')"],
+)  # fmt: skip
+def test_who_cannot_say_what_has_changed_is_read_as_a_whole(run, chunks, words):
+    job, top, change = chunks
+    backup(run, job)
+    change(3, 77)
+    text = (top.parent / "plug-in").read_text()
+    broken = f'elif verb == "changes":\n    {words}\nelif verb == "never":'
+    (top.parent / "plug-in").write_text(text.replace('elif verb == "changes":', broken, 1))
+    result = backup(run, job)
+    assert "performing full backup (" in result.err and result.err.count("\n") == 4
+    assert (job / "last").read_bytes() == whole(top)
+
+
 BAD = {
     "no JSON": "print('{')",
     "no mapping": "print(3)",
