@@ -41,6 +41,9 @@ A chapter uses only what stands above it.  Chapters:
     Scheduler      children, disks, signals and systemd: the daemon
     Plan           the coming runs, and what retention makes of them
     Check          the status file, read for monitoring
+    Partitions     where the partitions of a disk lie
+    Exports        what can be opened by a name: revisions, parts and clones of them
+    NBD            messages, then a session, then the server
     Command line   the commands, then main()
 """
 
@@ -1719,6 +1722,8 @@ FS_IOC_UNRESVSP64 = 0x4030582B
 space_resv = struct.Struct("=hhiqqiI16x")  # type, whence, padding, start, length, sysid, pid
 # linux/fs.h: BLKZEROOUT = _IO(0x12, 127), with start and length
 BLKZEROOUT = 0x127F
+# linux/falloc.h: FS_IOC_ZERO_RANGE = _IOW('X', 57, struct space_resv)
+FS_IOC_ZERO_RANGE = 0x40305839
 # linux/fcntl.h: F_SETPIPE_SZ = F_LINUX_SPECIFIC_BASE + 7
 F_SETPIPE_SZ = 1031
 # linux/fs.h: FS_IOC_FSGETXATTR = _IOR('X', 31, struct fsxattr), FSSETXATTR = _IOW('X', 32, ...)
@@ -1840,6 +1845,17 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
     """Free `length` bytes at `offset`, which then read as zeros; False where that cannot be had."""
     try:
         fcntl.ioctl(fd, FS_IOC_UNRESVSP64, space_resv.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+    except OSError as e:
+        if e.errno in NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+def zero_range(fd: int, offset: int, length: int) -> bool:
+    """Make a range read as zeros and keep room for it; False where that cannot be had."""
+    try:
+        fcntl.ioctl(fd, FS_IOC_ZERO_RANGE, space_resv.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
     except OSError as e:
         if e.errno in NOT_SUPPORTED:
             return False
@@ -8533,6 +8549,32 @@ class Loop:
                 timer.action()
 
 
+def listening_sockets(address: str, port: int) -> list[Any]:
+    """One for each of the addresses that are meant, which wait for nothing.
+
+    Raises OSError, and what else a bad address or port is good for.
+    """
+    import socket
+
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[Any] = []
+    try:
+        for family, kind, protocol, _, place in found:
+            listener = socket.socket(family, kind, protocol)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(place)
+            listener.listen(128)
+            listener.setblocking(False)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
 # ==== Timetable ==============================================================
 #
 # What is started when, and what waits for what.  It asks no clock, starts nothing
@@ -9529,22 +9571,7 @@ class ShellServer:
 
     def listen(self, address: str, port: int) -> None:
         """Raises OSError, and what else a bad address or port is good for."""
-        import socket
-
-        flags = socket.AI_PASSIVE
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
-        for family, kind, protocol, _, place in found:
-            listener = socket.socket(family, kind, protocol)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listener.bind(place)
-                listener.listen(128)
-                listener.setblocking(False)
-            except BaseException:
-                listener.close()
-                raise
+        for listener in listening_sockets(address, port):
             self.listeners.append(listener)
             self.watch(listener)
 
@@ -11806,6 +11833,1915 @@ def answer_of_child(work: Callable[[], bytes], seconds: float) -> bytes:
         os.close(ours)
 
 
+# ==== Partitions =============================================================
+#
+# Where the partitions of a disk lie, by its MBR or GPT, so that each can be offered
+# by itself.  The numbers are those of Linux.  A table that is not whole has none.
+
+SECTOR = 512
+MOST_PARTITIONS = 128
+mbr_entry = struct.Struct("<B3xB3xII")  # status, type, first sector, sectors
+MBR_EXTENDED = (0x05, 0x0F, 0x85)
+MBR_PROTECTIVE = 0xEE  # the disk has a GPT
+# signature, header size, CRC; own sector; first sector, number, size and CRC of the entries
+gpt_header = struct.Struct("<8s4xII4xQ8x8x8x16xQIII")
+gpt_entry = struct.Struct("<16s16xQQ")  # type, first and last sector
+ReadAt = Callable[[int, int], bytes]  # length, offset
+
+
+def mbr_entries(read: ReadAt, offset: int) -> list[tuple[int, int, int]]:
+    """(type, first sector, sectors) of the four entries at `offset`; none without a table."""
+    table = read(SECTOR, offset)
+    if len(table) < SECTOR or table[510:] != b"\x55\xaa":
+        return []
+    entries = [mbr_entry.unpack_from(table, at) for at in range(446, 510, mbr_entry.size)]
+    if any(status & 0x7F for status, *_ in entries):  # the boot sector of a file system
+        return []
+    return [(kind, first, count) for _, kind, first, count in entries]
+
+
+def logical_partitions(read: ReadAt, start: int) -> Iterator[tuple[int, int]]:
+    """(first sector, sectors) along the chain of tables in the extended partition at `start`."""
+    at, seen = start, {0}
+    while at not in seen and len(seen) < MOST_PARTITIONS:
+        seen.add(at)
+        entries = mbr_entries(read, at * SECTOR)
+        onward = [first for kind, first, _ in entries if kind in MBR_EXTENDED]
+        for kind, first, count in entries:
+            if kind and count and kind not in MBR_EXTENDED:
+                yield at + first, count
+        at = start + onward[0] if onward else 0
+
+
+def gpt_partitions(read: ReadAt, size: int, sector: int) -> dict[int, tuple[int, int]] | None:
+    """(offset, length) by number; None if neither table, first or last, is whole."""
+    import zlib
+
+    for place in (1, size // sector - 1):
+        header = read(SECTOR, place * sector)
+        if len(header) < SECTOR:
+            continue
+        magic, length, crc, own, first, count, width, entries_crc = gpt_header.unpack_from(header)
+        if magic != b"EFI PART" or own != place or not 92 <= length <= SECTOR:
+            continue
+        blank = header[:16] + bytes(4) + header[20:length]
+        if zlib.crc32(blank) != crc or not 128 <= width <= KiB or count > KiB:
+            continue
+        table = read(count * width, first * sector)
+        if zlib.crc32(table) == entries_crc:
+            found = [gpt_entry.unpack_from(table, at) for at in range(0, len(table), width)]
+            return {
+                number: (start * sector, (last + 1 - start) * sector)
+                for number, (kind, start, last) in enumerate(found, 1)
+                if kind != bytes(16) and start <= last
+            }
+    return None
+
+
+def find_partitions(read: ReadAt, size: int) -> dict[int, tuple[int, int]]:
+    """(offset, length) in bytes of each partition, by its number, as far as the image goes."""
+    entries = mbr_entries(read, 0)
+    if any(kind == MBR_PROTECTIVE for kind, *_ in entries):
+        tables = (gpt_partitions(read, size, sector) for sector in (512, 4096))
+        found = next((one for one in tables if one is not None), {})
+    else:
+        sectors: dict[int, tuple[int, int]] = {}
+        for number, (kind, first, count) in enumerate(entries, 1):
+            if kind in MBR_EXTENDED:
+                sectors.update(enumerate(logical_partitions(read, first), 5))
+            elif kind and count:
+                sectors[number] = (first, count)
+        found = {
+            number: (first * SECTOR, count * SECTOR) for number, (first, count) in sectors.items()
+        }
+    return {
+        number: (offset, min(length, size - offset))
+        for number, (offset, length) in found.items()
+        if 0 < offset < size
+    }
+
+
+# ==== Exports ================================================================
+#
+# What can be opened by a name: revisions, partitions of them, and clones that may be
+# written to.  A name is looked up among the revisions and is never a path.
+#
+#   SPEC  SPEC/pN            in one job's directory       "" is the newest
+#   JOB/SPEC  JOB/SPEC/pN    in a directory of jobs       JOB is its newest, "" of all
+#
+# An open image is locked as for any reading, so expiry leaves it alone.  Offsets are
+# those of the whole image unless they are said to be those of the export.
+
+MOST_REPOSITORIES = 64  # loaded at a time
+MOST_MAPS = 16  # of images that nobody has open, kept for the next one
+SETTLED = 100_000_000  # ns; an older directory does not change again under the same time
+KEPT_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,63}", re.ASCII)
+OUR_NAMES = re.compile(r"config|last|status|backy\.log.*|.*\.(?:rev|sums|part|del)")
+
+CONTEXT_ALLOCATION = "base:allocation"
+CONTEXTS_SINCE = ("x-backy:changed-since=", "qemu:dirty-bitmap:since-")
+NBD_STATE_HOLE_ZERO = 3  # NBD_STATE_HOLE and NBD_STATE_ZERO
+NBD_STATE_DIRTY = 1
+
+
+class Runs:
+    """Flags for each byte from `start` to `end`, as runs.
+
+    `starts` says where each run begins, and at last where all ends; `flags` what it has.
+    """
+
+    def __init__(self, start: int, end: int, extents: Iterable[Span], inside: int, outside: int):
+        from array import array
+
+        self.starts, self.flags = array("Q"), bytearray()
+        position = start
+        for first, last in extents:
+            if first > position:
+                self.add(position, outside)
+            self.add(first, inside)
+            position = last
+        if position < end:
+            self.add(position, outside)
+        self.starts.append(end)
+
+    def add(self, start: int, flags: int) -> None:
+        if not self.flags or self.flags[-1] != flags:
+            self.starts.append(start)
+            self.flags.append(flags)
+
+    def between(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(start, end, flags) in order, without gaps."""
+        number = bisect_right(self.starts, start) - 1
+        while start < end:
+            stop = min(self.starts[number + 1], end)
+            yield start, stop, self.flags[number]
+            start, number = stop, number + 1
+
+
+def with_holes(found: Iterable[tuple[int, int, int]], start: int, end: int) -> list[Span]:
+    """(end, physical minus logical) of all runs from `start` to `end`; -1 for a hole.
+
+    Extents are the same place exactly where this difference is the same.
+    """
+    runs: list[Span] = []
+    for logical, physical, length in found:
+        if logical > start:
+            runs.append((logical, -1))
+        runs.append((logical + length, physical - logical))
+        start = logical + length
+    if start < end:
+        runs.append((end, -1))
+    return runs
+
+
+def differing_places(one_fd: int, other_fd: int, start: int, end: int) -> list[Span] | None:
+    """(start, end) of what two files do not share, neighbours joined; None if not known."""
+    found = [places(fd, start, end) for fd in (one_fd, other_fd)]
+    if found[0] is None or found[1] is None:
+        return None
+    ones, others = (iter(with_holes(one, start, end)) for one in found if one is not None)
+    spans: list[Span] = []
+    one, other = next(ones, (end, 0)), next(others, (end, 0))
+    while start < end:
+        stop = min(one[0], other[0])
+        if one[1] != other[1]:
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        start = stop
+        if one[0] == stop:
+            one = next(ones, (end, 0))
+        if other[0] == stop:
+            other = next(others, (end, 0))
+    return spans
+
+
+def differing_blocks(one: Sums, other: Sums, size: int) -> Iterator[Span]:
+    """(start, end) of the blocks whose digests differ in two files for `size` bytes."""
+    for offset in range(0, size, UNIT * BLOCK // DIGEST):
+        count = min(UNIT // DIGEST, -(-(size - offset) // BLOCK))
+        place = sums_header.size + DIGEST * (offset // BLOCK)
+        ours, theirs = (read_piece(sums.fd, DIGEST * count, place) for sums in (one, other))
+        if ours == theirs and len(ours) == DIGEST * count:
+            continue
+        for number in range(count):
+            at = DIGEST * number
+            if ours[at : at + DIGEST] != theirs[at : at + DIGEST]:
+                start = offset + number * BLOCK
+                yield start, min(start + BLOCK, size)
+
+
+def common_spans(ones: Iterable[Span], others: Iterable[Span]) -> Iterator[Span]:
+    """What two lists of (start, end), each in order, have in common."""
+    rest = iter(others)
+    other = next(rest, None)
+    for start, end in ones:
+        while other is not None and other[1] <= start:
+            other = next(rest, None)
+        while other is not None and other[0] < end:
+            yield max(start, other[0]), min(end, other[1])
+            if other[1] > end:
+                break
+            other = next(rest, None)
+
+
+def without_span(ranges: Iterable[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """(offset, length) of what is left of `ranges` when start to end is taken out."""
+    left = []
+    for offset, length in ranges:
+        for first, last in (
+            (offset, min(offset + length, start)),
+            (max(offset, end), offset + length),
+        ):
+            if first < last:
+                left.append((first, last - first))
+    return left
+
+
+@dataclass(frozen=True)
+class ExportMode:
+    """How exports are opened."""
+
+    writable: bool = False
+    shared: bool = False  # one clone for all clients, as long as the server runs
+    keep: str = ""  # the name that a clone stays under
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class ExportName:
+    """What a name stands for."""
+
+    job: str  # "" in one job's directory
+    revision: Revision
+    partition: int = 0  # 0 is the whole image
+
+    def __str__(self) -> str:
+        parts = [self.job, self.revision.id, f"p{self.partition}" if self.partition else ""]
+        return "/".join(filter(None, parts))
+
+
+class ImageMaps:
+    """What was found out about an image that does not change."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.data: Runs | None = None
+        self.changed: dict[str, Runs] = {}
+        self.partitions: dict[int, tuple[int, int]] | None = None
+
+
+class ExportedImage:
+    """An image that is open for one client, or a clone that is for several."""
+
+    def __init__(self, fd: int, found: ExportName, maps: ImageMaps | None) -> None:
+        self.fd, self.size, self.found = fd, os.fstat(fd).st_size, found
+        self.maps = maps  # None: it changes
+        self.damaged = list(found.revision.damaged)
+        self.is_writable = self.is_written = False
+        self.users = 1
+        self.kept = ""
+        self.checked: CheckedImage | None = None
+        self.stack = ExitStack()
+        self.stack.callback(close, fd)
+
+    def data(self, start: int, end: int) -> Runs:
+        """What is data and what is a hole, at least from start to end."""
+        if self.maps is None:
+            return Runs(start, end, data_extents(self.fd, start, end), 0, NBD_STATE_HOLE_ZERO)
+        with self.maps.lock:
+            if self.maps.data is None:
+                extents = data_extents(self.fd, 0, self.size)
+                self.maps.data = Runs(0, self.size, extents, 0, NBD_STATE_HOLE_ZERO)
+            return self.maps.data
+
+    def partitions(self) -> dict[int, tuple[int, int]]:
+        if self.maps is None or self.maps.partitions is None:
+            found = find_partitions(lambda length, at: read_piece(self.fd, length, at), self.size)
+            if self.maps is None:
+                return found
+            self.maps.partitions = found
+        return self.maps.partitions
+
+    def bad_spans(self, start: int, end: int) -> list[Span]:
+        """Where it is known to be damaged, from start to end."""
+        found = common_spans([(start, end)], [(at, at + length) for at, length in self.damaged])
+        return list(found)
+
+    def touch(self, start: int, end: int) -> None:
+        """Note that a part of a clone was written to: it is what the client wants it to be."""
+        self.is_written = True
+        if self.damaged:
+            self.damaged = without_span(self.damaged, start, end)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        write_all(self.fd, view, offset)
+        self.touch(offset, offset + len(view))
+
+    def zero(self, offset: int, length: int, as_hole: bool, only_fast: bool) -> bool:
+        """Make a part read as zeros; False if that is wanted fast and cannot be."""
+        if not (punch_hole if as_hole else zero_range)(self.fd, offset, length):
+            if only_fast:
+                return False
+            for start in range(offset, offset + length, UNIT):
+                rest = min(UNIT, offset + length - start)
+                write_all(self.fd, memoryview(ZEROS)[:rest], start)
+        self.touch(offset, offset + length)
+        return True
+
+    def trim(self, offset: int, length: int) -> None:
+        if punch_hole(self.fd, offset, length):
+            self.touch(offset, offset + length)
+
+    def flush(self) -> None:
+        if self.is_writable:
+            os.fdatasync(self.fd)
+
+
+class Comparison:
+    """Where an open image may differ from another revision, which is held open too."""
+
+    def __init__(self, repository: Repository, image: ExportedImage, base: Revision) -> None:
+        self.image, self.id = image, base.id
+        self.stack = ExitStack()
+        try:
+            self.fd = repository.open_image(base)
+            self.stack.callback(close, self.fd)
+            self.base_size = os.fstat(self.fd).st_size
+            self.sums = self.both_sums(repository, base)
+        except BaseException:
+            self.stack.close()
+            raise
+
+    def both_sums(self, repository: Repository, base: Revision) -> tuple[Sums, Sums] | None:
+        if self.image.maps is None:
+            return None
+        found = []
+        try:
+            for revision in (self.image.found.revision, base):
+                fd, sums = repository.open_sums(revision)
+                self.stack.callback(close, fd)
+                found.append(sums)
+        except Damaged:
+            return None
+        return found[0], found[1]
+
+    def spans(self, start: int, end: int) -> Iterator[Span]:
+        """(start, end) of what may differ: it has other extents and, if known, other digests."""
+        both = min(end, self.base_size)
+        found = differing_places(self.image.fd, self.fd, start, both) if start < both else []
+        if found is None:
+            found = [(start, both)]
+        if self.sums:
+            size = min(self.image.size, self.base_size)
+            found = list(common_spans(found, differing_blocks(*self.sums, size)))
+        yield from found
+        if max(start, self.base_size) < end:
+            yield max(start, self.base_size), end
+
+    def runs(self, start: int, end: int) -> Runs:
+        maps = self.image.maps
+        if maps is None:
+            return Runs(start, end, self.spans(start, end), NBD_STATE_DIRTY, 0)
+        key = f"{self.id} {state_of_inode(self.fd)}"
+        with maps.lock:
+            if key not in maps.changed:
+                whole = self.spans(0, self.image.size)
+                maps.changed[key] = Runs(0, self.image.size, whole, NBD_STATE_DIRTY, 0)
+            return maps.changed[key]
+
+
+class Export:
+    """What a client has open: an image or a part of it, and what it is compared with."""
+
+    def __init__(self, found: ExportName, image: ExportedImage, offset: int, size: int) -> None:
+        self.found, self.image, self.offset, self.size = found, image, offset, size
+        self.stack = ExitStack()
+        self.contexts: list[tuple[int, Callable[[int, int], Runs]]] = []
+
+
+class Exports:
+    """The revisions of one job, or of all jobs below a directory, as they are at the moment."""
+
+    def __init__(self, path: str, is_base: bool, mode: ExportMode) -> None:
+        self.path, self.is_base, self.mode = path.rstrip("/") or "/", is_base, mode
+        self.lock = threading.RLock()  # for all that follows, and for every Repository
+        self.repositories: dict[str, tuple[Repository, tuple[int, ...]]] = {}
+        self.maps: dict[str, ImageMaps] = {}
+        self.open_images: set[ExportedImage] = set()
+        self.clones: dict[tuple[object, str, str], ExportedImage] = {}
+
+    # -- names ----------------------------------------------------------------
+
+    @contextmanager
+    def repository(self, job: str) -> Iterator[Repository]:
+        """A job's repository as it is now, for one at a time.  Raises BackyError."""
+        with self.lock:
+            yield self.load(job)
+
+    def load(self, job: str) -> Repository:
+        """Read the directory again if it is not the one that was read, or has changed since."""
+        path = os.path.join(self.path, job) if job else self.path
+        repository, state = self.repositories.pop(job, (None, ()))
+        try:
+            status = os.stat(path, follow_symlinks=False)
+            now = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            settled = time.time_ns() - status.st_mtime_ns > SETTLED
+            if repository is None or state[:2] != now[:2]:
+                if repository is not None:
+                    repository.close()
+                repository = None
+                repository = Repository.open(path)
+            elif state != now:
+                repository.load()
+        except BaseException as e:
+            if repository is not None:
+                repository.close()
+            if isinstance(e, OSError):
+                raise NotFound(f"{printable(path)}: {e.strerror}") from e
+            raise
+        self.repositories[job] = (repository, now if settled else (*now[:2], -1))
+        while len(self.repositories) > MOST_REPOSITORIES:
+            self.repositories.pop(next(iter(self.repositories)))[0].close()
+        return repository
+
+    def jobs(self) -> list[str]:
+        """The directories in which there may be revisions."""
+        if not self.is_base:
+            return [""]
+        with explain(f"cannot list {printable(self.path)}"):
+            entries = sorted(os.scandir(self.path), key=lambda entry: entry.name)
+        return [
+            entry.name
+            for entry in entries
+            if JOB_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Name and description of all complete revisions, the newest of each job first."""
+        for job in self.jobs():
+            try:
+                with self.repository(job) as repository:
+                    revisions = [one for one in repository.complete if not one.problem]
+                    name = repository.name
+            except BackyError as e:
+                log.debug("nbd: %s", e)
+                continue
+            for revision in reversed(revisions):
+                yield str(ExportName(job, revision)), describe_export(name, revision)
+
+    def find(self, name: str) -> ExportName:
+        """What `name` stands for.  Raises NotFound."""
+        job, *parts = name.split("/") if self.is_base else ("", *name.split("/"))
+        spec = parts.pop(0) if parts else ""
+        number = re.fullmatch("p([1-9][0-9]{0,2})", parts[0], re.ASCII) if parts else None
+        if len(parts) > 1 or (parts and not number) or "\0" in name:
+            raise NotFound(f"no export {printable(name)!r}")
+        partition = int(number[1]) if number else 0
+        if self.is_base and not job:
+            if spec:
+                raise NotFound(f"no export {printable(name)!r}")
+            return self.newest()
+        if self.is_base and not JOB_NAME.fullmatch(job):
+            raise NotFound(f"no job {printable(job)!r}")
+        with self.repository(job) as repository:
+            return ExportName(job, repository.find(spec or "last"), partition)
+
+    def newest(self) -> ExportName:
+        found = []
+        for job in self.jobs():
+            with suppress(BackyError), self.repository(job) as repository:
+                found.append(ExportName(job, repository.find("last")))
+        if not found:
+            raise NotFound("there is no complete revision yet")
+        return max(found, key=lambda one: (one.revision.clock, one.job))
+
+    def describe(self, found: ExportName) -> str:
+        with self.repository(found.job) as repository:
+            return describe_export(repository.name, found.revision)
+
+    def find_contexts(
+        self, found: ExportName, query: str, listing: bool
+    ) -> list[tuple[str, Revision | None]]:
+        """The metadata contexts that a query means; with the revision to compare with, if any."""
+        if query == CONTEXT_ALLOCATION or (listing and query == "base:"):
+            return [(CONTEXT_ALLOCATION, None)]
+        with self.repository(found.job) as repository:
+            for prefix in CONTEXTS_SINCE:
+                space = prefix.partition(":")[0] + ":"
+                if listing and query in (space, space + "dirty-bitmap:", prefix):
+                    others = self.bases(repository, found, all_of_them=space == "x-backy:")
+                    return [(prefix + one.id, one) for one in others]
+                if query.startswith(prefix) and query != prefix:
+                    with suppress(NotFound):
+                        base = repository.find(query[len(prefix) :])
+                        if base.is_complete and not base.problem:
+                            return [(query, base)]
+        return []
+
+    def bases(
+        self, repository: Repository, found: ExportName, all_of_them: bool
+    ) -> ListLike[Revision]:
+        """What it may be compared with: all other revisions, or the one that it was made from."""
+        others = [
+            one for one in repository.complete if one.id != found.revision.id and not one.problem
+        ]
+        if all_of_them:
+            return others
+        parent = [one for one in others if one.id == found.revision.parent]
+        return parent or [one for one in others if one.clock < found.revision.clock][-1:]
+
+    # -- opening --------------------------------------------------------------
+
+    def open(self, found: ExportName, group: object = None) -> Export:
+        """Open an export; to write to it, if that is the mode and there is a group to do it."""
+        with self.repository(found.job) as repository:
+            if group is not None and self.mode.writable:
+                image = self.open_clone(repository, found, group)
+            else:
+                image = self.open_image(repository, found)
+        try:
+            offset, size = 0, image.size
+            if found.partition:
+                partitions = image.partitions()
+                if found.partition not in partitions:
+                    numbers = ", ".join(f"p{number}" for number in partitions) or "none"
+                    raise NotFound(f"{found}: no such partition", f"there are: {numbers}")
+                offset, size = partitions[found.partition]
+            return Export(found, image, offset, size)
+        except BaseException:
+            self.release(image)
+            raise
+
+    def open_image(self, repository: Repository, found: ExportName) -> ExportedImage:
+        revision = found.revision
+        if revision.problem:
+            raise Distrusted(f"{repository.name}: {revision.id}: {revision.problem}")
+        fd = repository.open_image(revision)
+        image = ExportedImage(fd, found, self.maps_of(fd) if revision.is_complete else None)
+        self.open_images.add(image)
+        try:
+            if revision.size is not None and image.size != revision.size:
+                raise Distrusted(f"{repository.name}: {revision.id} has the wrong size")
+            if self.mode.verify:
+                image.checked = CheckedImage(repository, revision, image.stack)
+        except BaseException:
+            self.release(image)
+            raise
+        return image
+
+    def maps_of(self, fd: int) -> ImageMaps:
+        """What is known of an image; those not asked for the longest time are forgotten."""
+        key = f"{os.fstat(fd).st_dev} {state_of_inode(fd)}"
+        maps = self.maps.pop(key, None) or ImageMaps()
+        self.maps[key] = maps
+        while len(self.maps) > MOST_MAPS:
+            self.maps.pop(next(iter(self.maps)))
+        return maps
+
+    def open_clone(self, repository: Repository, found: ExportName, group: object) -> ExportedImage:
+        key = ("" if self.mode.shared else group, found.job, found.revision.id)
+        clone = self.clones.get(key)
+        if clone is not None:
+            clone.users += 1
+            return clone
+        origin = self.open_image(repository, found)
+        fd, name = -1, ""
+        try:
+            with explain(f"{repository.name}: cannot make a clone"):
+                fd, name = self.create_clone(repository)
+                clone_file(origin.fd, fd)
+            hint_small_copies(fd)
+            clone = ExportedImage(fd, found, None)
+        except BaseException:
+            if fd >= 0:
+                close(fd)
+            if name:
+                os.unlink(name, dir_fd=repository.dir_fd)
+            raise
+        finally:
+            self.release(origin)
+        clone.kept, clone.is_writable = name, True
+        clone.users += self.mode.shared  # the server itself
+        self.clones[key] = clone
+        self.open_images.add(clone)
+        return clone
+
+    def create_clone(self, repository: Repository) -> tuple[int, str]:
+        """A new file in the job's directory, with the name it has if it is to stay."""
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if not self.mode.keep:
+            return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=repository.dir_fd), ""
+        for number in itertools.count(1):
+            name = self.mode.keep if number == 1 else f"{self.mode.keep}-{number}"
+            with suppress(FileExistsError):
+                return open_regular(repository.dir_fd, name, flags | os.O_CREAT | os.O_EXCL), name
+        raise AssertionError
+
+    # -- while it is open -------------------------------------------------------
+
+    def compare(self, export: Export, base: Revision) -> Callable[[int, int], Runs]:
+        """What answers how an open export differs from `base`, which is held from now on."""
+        with self.repository(export.found.job) as repository:
+            comparison = Comparison(repository, export.image, base)
+        export.stack.callback(comparison.stack.close)
+        return comparison.runs
+
+    def refresh(self) -> None:
+        """Learn what has been found to be damaged in images that are open."""
+        with self.lock:
+            for image in list(self.open_images):
+                if image.is_writable:
+                    continue
+                with suppress(BackyError):
+                    repository = self.load(image.found.job)
+                    known = repository.current(image.found.revision).damaged
+                    image.damaged = list(join_ranges([*image.damaged, *known]))
+
+    def note_damage(self, image: ExportedImage, ranges: list[tuple[int, int]]) -> None:
+        """Remember in the revision what its digests have shown to be damaged."""
+        image.damaged = list(join_ranges([*image.damaged, *ranges]))
+        with suppress(BackyError), self.repository(image.found.job) as repository:
+            repository.mark_damaged(image.found.revision, ranges)
+
+    def close_export(self, export: Export) -> None:
+        export.stack.close()
+        self.release(export.image)
+
+    def release(self, image: ExportedImage) -> None:
+        """Close an image when its last user has gone; a clone is gone then, unless it is kept."""
+        with self.lock:
+            image.users -= 1
+            if image.users:
+                return
+            self.open_images.discard(image)
+            self.clones = {key: one for key, one in self.clones.items() if one is not image}
+            if image.kept:
+                self.keep(image)
+            image.stack.close()
+
+    def keep(self, clone: ExportedImage) -> None:
+        """Let a clone stay that was written to; all of it is on the medium then."""
+        found = clone.found
+        try:
+            with self.repository(found.job) as repository:
+                name = repository.name
+                if not clone.is_written:
+                    os.unlink(clone.kept, dir_fd=repository.dir_fd)
+                    return
+                with explain(f"{name}: cannot write {clone.kept} to the medium"):
+                    sync(clone.fd)
+                    sync(repository.dir_fd)
+            log.info("%s: what was written to %s is kept as %s", name, found, clone.kept)
+        except (BackyError, OSError) as e:
+            log.error("%s: %s", found, e)
+
+    def close(self) -> None:
+        """Let go of the shared clones, at the end."""
+        for clone in list(self.clones.values()):
+            self.release(clone)
+        for repository, _ in self.repositories.values():
+            repository.close()
+
+
+def describe_export(job: str, revision: Revision) -> str:
+    """The line that goes with a name in the list."""
+    tags = ",".join(revision.tags) or "no tags"
+    size = format_size(revision.size or 0)
+    when, trust = format_time(revision.timestamp), revision.trust.value
+    return f"{job}, {when} UTC, {printable(tags)}, {size}, {trust}"
+
+
+# ==== NBD ====================================================================
+#
+# Network block devices, by the protocol's own document (doc/proto.md of the NBD
+# project): a handshake, then requests.  A thread for each client; what one of them
+# sends, or does not read, costs its own connection only.  The life of a session:
+#
+#   accepted  -- handshake, 10 s at most -->  export open  -- requests -->  closed
+#
+# Requests that came in one piece are answered in one piece: that is where the speed
+# is from.  No more than MOST_WAITING bytes of replies exist at a time.
+
+NBD_PORT = 9000
+NBD_CLIENTS = 16  # by default
+NBD_HANDSHAKE = 10.0  # seconds
+NBD_HALF_OPEN = 64  # handshakes at a time; then the most silent one makes way
+NBD_GRACE = 10.0  # seconds, at the end, for what is in flight
+NBD_STALLED = 600  # seconds in which a client read nothing of what it asked for
+NBD_NEWS = 1.0  # seconds between two looks at what was found to be damaged
+MOST_OPTION = 4 * KiB
+MOST_SKIPPED = 64 * KiB  # a larger option, up to this, is refused; beyond, the client is dropped
+MOST_REQUEST = 32 * MiB
+MOST_PAYLOAD = 64 * MiB  # likewise
+MOST_CONTEXTS = 32
+MOST_DESCRIPTORS = 64 * KiB  # in one answer; the client asks again for the rest
+MOST_WAITING = MiB
+MOST_PIECES = 1000  # IOV_MAX is 1024
+SMALL_READ = 32 * KiB  # up to here replies are gathered, beyond they go by sendfile()
+REQUEST_ROOM = 64 * KiB
+MSG_DONTWAIT, MSG_MORE = 0x40, 0x8000  # linux/socket.h
+SD_LISTEN_FDS_START = 3  # sd_listen_fds(3)
+
+NBDMAGIC, IHAVEOPT = b"NBDMAGIC", b"IHAVEOPT"
+NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES = 1, 2
+nbd_option = struct.Struct(">8sII")  # IHAVEOPT, option, length
+nbd_option_reply = struct.Struct(">QIII")  # magic, option, type, length
+NBD_REP_MAGIC = 0x3E889045565A9
+
+NBD_OPT_EXPORT_NAME, NBD_OPT_ABORT, NBD_OPT_LIST, NBD_OPT_STARTTLS = 1, 2, 3, 5
+NBD_OPT_INFO, NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 6, 7, 8
+NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_EXTENDED_HEADERS = 9, 10, 11
+NBD_REP_ACK, NBD_REP_SERVER, NBD_REP_INFO, NBD_REP_META_CONTEXT = 1, 2, 3, 4
+NBD_REP_ERR = 1 << 31
+NBD_REP_ERR_UNSUP, NBD_REP_ERR_POLICY, NBD_REP_ERR_INVALID = (NBD_REP_ERR + n for n in (1, 2, 3))
+NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_SHUTDOWN = (
+    NBD_REP_ERR + n for n in (5, 6, 7)
+)
+NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_EXT_HEADER_REQD = NBD_REP_ERR + 9, NBD_REP_ERR + 10
+NBD_INFO_EXPORT, NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE = 0, 1, 2, 3
+
+NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA = 1, 2, 4, 8
+NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES, NBD_FLAG_SEND_DF = 1 << 5, 1 << 6, 1 << 7
+NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_SEND_CACHE, NBD_FLAG_SEND_FAST_ZERO = 1 << 8, 1 << 10, 1 << 11
+FLAGS_ALWAYS = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_CACHE
+FLAGS_WRITABLE = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+
+nbd_request = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
+NBD_REQUEST_MAGIC = 0x25609513
+nbd_request_extended = struct.Struct(">IHHQQQ")
+NBD_EXTENDED_REQUEST_MAGIC = 0x21E41C71
+nbd_simple_reply = struct.Struct(">IIQ")  # magic, error, cookie
+NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+nbd_chunk = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length of what follows
+nbd_chunk_with_data = struct.Struct(">IHHQIQ")  # and the offset of the data in OFFSET_DATA
+NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+nbd_chunk_extended = struct.Struct(">IHHQQQ")  # the same, with the offset of the request
+nbd_chunk_extended_with_data = struct.Struct(">IHHQQQQ")
+NBD_EXTENDED_REPLY_MAGIC = 0x6E8A278C
+
+NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH = 0, 1, 2, 3
+NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES, NBD_CMD_BLOCK_STATUS = 4, 5, 6, 7
+NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_REQ_ONE = 1, 2, 4, 8
+NBD_CMD_FLAG_FAST_ZERO, NBD_CMD_FLAG_PAYLOAD_LEN = 16, 32
+# the method, the flags beside FUA, whether it changes something
+NBD_COMMANDS = {
+    NBD_CMD_READ: ("read", NBD_CMD_FLAG_DF, False),
+    NBD_CMD_WRITE: ("write", NBD_CMD_FLAG_PAYLOAD_LEN, True),
+    NBD_CMD_FLUSH: ("flush_export", 0, False),
+    NBD_CMD_TRIM: ("trim", 0, True),
+    NBD_CMD_CACHE: ("cache", 0, False),
+    NBD_CMD_WRITE_ZEROES: ("write_zeroes", NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO, True),
+    NBD_CMD_BLOCK_STATUS: ("block_status", NBD_CMD_FLAG_REQ_ONE, False),
+}
+NBD_REPLY_FLAG_DONE = 1
+NBD_REPLY_TYPE_NONE, NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_TYPE_OFFSET_HOLE = 0, 1, 2
+NBD_REPLY_TYPE_BLOCK_STATUS, NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 5, 6
+NBD_REPLY_TYPE_ERROR, NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 1, (1 << 15) + 2
+# The numbers of Linux are those of the protocol, which has only these.
+NBD_ERRORS = {errno.ENOSPC: errno.ENOSPC, errno.EDQUOT: errno.ENOSPC, errno.EFBIG: errno.ENOSPC}
+NBD_ERRORS[errno.ENOMEM] = errno.ENOMEM
+
+
+class NBDDropped(Exception):
+    """The client has gone, or has broken the protocol in a way that cannot be answered."""
+
+
+class NBDRefused(Exception):
+    """An option is answered with this error, and the handshake goes on."""
+
+    def __init__(self, error: int, text: str) -> None:
+        super().__init__(text)
+        self.error = error
+
+
+class NBDFailed(Exception):
+    """A request is answered with this error."""
+
+    def __init__(self, error: int, text: str) -> None:
+        super().__init__(text)
+        self.error = error
+
+
+@contextmanager
+def failing_as_nbd() -> Iterator[None]:
+    """Turn an OSError into the error that the protocol has for it."""
+    try:
+        yield
+    except OSError as e:
+        log.error("nbd: %s", e)
+        raise NBDFailed(NBD_ERRORS.get(e.errno or 0, errno.EIO), e.strerror or "error") from e
+
+
+def counted(text: bytes) -> bytes:
+    return struct.pack(">I", len(text)) + text
+
+
+class OptionReader:
+    """Takes an option's data apart.  Raises NBDRefused for what is too short or too long."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self, form: str) -> int:
+        (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
+        return value
+
+    def take(self, length: int) -> bytes:
+        piece = self.data[self.at : self.at + length]
+        if len(piece) < length:
+            raise NBDRefused(NBD_REP_ERR_INVALID, "the option is too short for what it says")
+        self.at += length
+        return piece
+
+    def text(self) -> str:
+        piece = self.take(self.number(">I"))
+        try:
+            return piece.decode("utf-8")
+        except UnicodeDecodeError:
+            raise NBDRefused(NBD_REP_ERR_INVALID, "not in UTF-8") from None
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise NBDRefused(NBD_REP_ERR_INVALID, "the option is longer than what it says")
+
+
+class NBDHandshake:
+    """From the greeting until an export is open."""
+
+    OPTIONS: ClassVar[dict[int, str]] = {
+        NBD_OPT_EXPORT_NAME: "export_name",
+        NBD_OPT_ABORT: "abort",
+        NBD_OPT_LIST: "list_exports",
+        NBD_OPT_STARTTLS: "start_tls",
+        NBD_OPT_INFO: "info",
+        NBD_OPT_GO: "go",
+        NBD_OPT_STRUCTURED_REPLY: "structured_reply",
+        NBD_OPT_LIST_META_CONTEXT: "list_meta_context",
+        NBD_OPT_SET_META_CONTEXT: "set_meta_context",
+        NBD_OPT_EXTENDED_HEADERS: "extended_headers",
+    }
+
+    def __init__(self, session: NBDSession) -> None:
+        self.session, self.server = session, session.server
+        self.exports = self.server.exports
+        self.connection = session.connection
+        self.deadline = time.monotonic() + NBD_HANDSHAKE
+        self.is_tls = self.is_fixed = self.no_zeroes = False
+        self.export: Export | None = None
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """Nothing is agreed yet; also behind STARTTLS, before which anybody may have spoken."""
+        self.structured = self.extended = False
+        self.contexts: list[tuple[str, Revision | None]] = []
+        self.contexts_of: tuple[str, str] | None = None
+
+    # -- bytes ----------------------------------------------------------------
+
+    def limit(self) -> None:
+        """Wait for the client no longer than until the deadline."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise NBDDropped(f"no end of the handshake within {NBD_HANDSHAKE:g} s")
+        self.connection.settimeout(left)
+
+    def receive(self, length: int) -> bytes:
+        """Exactly so many bytes, and not one more."""
+        data = b""
+        while len(data) < length:
+            self.limit()
+            piece = self.connection.recv(length - len(data))
+            if not piece:
+                raise NBDDropped("the client has gone")
+            data += piece
+        self.session.last_heard = time.monotonic()
+        return data
+
+    def send(self, data: bytes) -> None:
+        self.limit()
+        self.connection.sendall(data)
+
+    def reply(self, option: int, kind: int, data: bytes = b"") -> None:
+        self.send(nbd_option_reply.pack(NBD_REP_MAGIC, option, kind, len(data)) + data)
+
+    # -- phases ---------------------------------------------------------------
+
+    def run(self) -> Export:
+        """Shake hands.  Raises NBDDropped if it comes to nothing, and OSError."""
+        flags = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
+        self.send(NBDMAGIC + IHAVEOPT + struct.pack(">H", flags))
+        (answer,) = struct.unpack(">I", self.receive(4))
+        if answer & ~flags:
+            raise NBDDropped(f"unknown flags {answer:#x}")
+        self.is_fixed = bool(answer & NBD_FLAG_FIXED_NEWSTYLE)
+        self.no_zeroes = bool(answer & NBD_FLAG_NO_ZEROES)
+        while self.export is None:
+            self.option(*nbd_option.unpack(self.receive(nbd_option.size)))
+        return self.export
+
+    def option(self, magic: bytes, option: int, length: int) -> None:
+        if magic != IHAVEOPT:
+            raise NBDDropped("an option without its magic")
+        if length > MOST_SKIPPED:
+            raise NBDDropped(f"an option of {length} bytes")
+        data = self.receive(length)
+        try:
+            self.refuse_option(option, length)
+            getattr(self, self.OPTIONS[option])(option, data)
+        except NBDRefused as e:
+            if option == NBD_OPT_EXPORT_NAME or not self.is_fixed:
+                raise NBDDropped(str(e)) from e  # no other answer is allowed
+            self.reply(option, e.error, str(e).encode("utf-8", "replace")[:KiB])
+
+    def refuse_option(self, option: int, length: int) -> None:
+        """Raise NBDRefused for what is not allowed at all, or not now."""
+        if option not in self.OPTIONS:
+            raise NBDRefused(NBD_REP_ERR_UNSUP, "unknown option")
+        if not self.is_fixed and option != NBD_OPT_EXPORT_NAME:
+            raise NBDRefused(NBD_REP_ERR_UNSUP, "only for fixed newstyle")
+        if length > MOST_OPTION:
+            raise NBDRefused(NBD_REP_ERR_TOO_BIG, f"more than {MOST_OPTION} bytes")
+        open_now = (NBD_OPT_ABORT, NBD_OPT_STARTTLS)
+        if self.server.tls and not self.is_tls and option not in open_now:
+            raise NBDRefused(NBD_REP_ERR_TLS_REQD, "this server talks by TLS only")
+        without_data = (NBD_OPT_LIST, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY)
+        if length and option in (*without_data, NBD_OPT_EXTENDED_HEADERS):
+            raise NBDRefused(NBD_REP_ERR_INVALID, "this option has no data")
+        if self.server.is_stopping and option != NBD_OPT_ABORT:
+            raise NBDRefused(NBD_REP_ERR_SHUTDOWN, "the server is about to end")
+
+    def abort(self, option: int, _: bytes) -> None:
+        with suppress(OSError):  # it need not wait for this
+            self.reply(option, NBD_REP_ACK)
+        raise NBDDropped("")
+
+    def start_tls(self, option: int, _: bytes) -> None:
+        if self.server.tls is None:
+            raise NBDRefused(NBD_REP_ERR_POLICY, "this server has no certificate")
+        if self.is_tls:
+            raise NBDRefused(NBD_REP_ERR_INVALID, "it is TLS already")
+        self.reply(option, NBD_REP_ACK)
+        self.limit()
+        self.connection = self.session.connection = self.server.tls.wrap_socket(
+            self.connection, server_side=True, do_handshake_on_connect=False
+        )
+        self.connection.do_handshake()
+        self.is_tls = True
+        self.forget_all()
+
+    def list_exports(self, option: int, _: bytes) -> None:
+        try:
+            for name, description in self.exports.names():
+                self.reply(option, NBD_REP_SERVER, counted(name.encode()) + description.encode())
+        except BackyError as e:
+            raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
+        self.reply(option, NBD_REP_ACK)
+
+    def structured_reply(self, option: int, _: bytes) -> None:
+        if self.extended:
+            raise NBDRefused(NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are agreed on")
+        self.structured = True
+        self.reply(option, NBD_REP_ACK)
+
+    def extended_headers(self, option: int, _: bytes) -> None:
+        self.structured = self.extended = True
+        self.reply(option, NBD_REP_ACK)
+
+    # -- exports --------------------------------------------------------------
+
+    def find(self, name: str) -> ExportName:
+        try:
+            return self.exports.find(name)
+        except NotFound as e:
+            raise NBDRefused(NBD_REP_ERR_UNKNOWN, str(e)) from e
+        except BackyError as e:
+            raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
+
+    def open(self, found: ExportName, group: object = None) -> Export:
+        try:
+            return self.exports.open(found, group)
+        except NotFound as e:
+            raise NBDRefused(NBD_REP_ERR_UNKNOWN, str(e)) from e
+        except BackyError as e:
+            log.error("nbd: %s", e)
+            raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
+
+    def open_for_good(self, found: ExportName) -> Export:
+        """Open what the client has decided for, with the contexts that it has chosen."""
+        if not self.server.claim(self.session):
+            raise NBDRefused(
+                NBD_REP_ERR_POLICY, f"{count_of(self.server.most_clients, 'client')} at most"
+            )
+        try:
+            export = self.open(found, self.session.group)
+        except NBDRefused:
+            self.session.is_serving = False
+            raise
+        try:
+            for number, (_, base) in enumerate(self.contexts_for(found), 1):
+                runs = export.image.data if base is None else self.exports.compare(export, base)
+                export.contexts.append((number, runs))
+        except BackyError as e:
+            self.exports.close_export(export)
+            self.session.is_serving = False
+            raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
+        return export
+
+    def contexts_for(self, found: ExportName) -> list[tuple[str, Revision | None]]:
+        return self.contexts if self.contexts_of == (found.job, str(found)) else []
+
+    def flags(self) -> int:
+        mode = self.exports.mode
+        flags = FLAGS_ALWAYS | (FLAGS_WRITABLE if mode.writable else NBD_FLAG_READ_ONLY)
+        if self.structured:
+            flags |= NBD_FLAG_SEND_DF
+        if not mode.writable or mode.shared or self.session.is_process:
+            flags |= NBD_FLAG_CAN_MULTI_CONN
+        return flags
+
+    def export_name(self, _: int, data: bytes) -> None:
+        if self.extended:
+            raise NBDRefused(NBD_REP_ERR_EXT_HEADER_REQD, "not with extended headers")
+        try:
+            name = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise NBDRefused(NBD_REP_ERR_UNKNOWN, "not in UTF-8") from None
+        export = self.open_for_good(self.find(name))
+        self.export = export
+        padding = b"" if self.no_zeroes else bytes(124)
+        self.send(struct.pack(">QH", export.size, self.flags()) + padding)
+
+    def read_name(self, data: bytes) -> tuple[ExportName, list[int]]:
+        """What INFO and GO ask for: an export, and what is to be told of it."""
+        reader = OptionReader(data)
+        name = reader.text()
+        wanted = [reader.number(">H") for _ in range(reader.number(">H"))]
+        reader.end()
+        return self.find(name), wanted
+
+    def tell(self, option: int, export: Export, wanted: list[int]) -> None:
+        """The replies about an export, the same for INFO and GO."""
+        answers = {
+            NBD_INFO_EXPORT: lambda: struct.pack(">QH", export.size, self.flags()),
+            NBD_INFO_NAME: lambda: str(export.found).encode(),
+            NBD_INFO_DESCRIPTION: lambda: self.exports.describe(export.found).encode(),
+            NBD_INFO_BLOCK_SIZE: lambda: struct.pack(">III", 1, PAGE, MOST_REQUEST),
+        }
+        for kind in answers:
+            if kind == NBD_INFO_EXPORT or kind in wanted:
+                with suppress(BackyError):  # a description may be lost by now
+                    self.reply(option, NBD_REP_INFO, struct.pack(">H", kind) + answers[kind]())
+
+    def info(self, option: int, data: bytes) -> None:
+        found, wanted = self.read_name(data)
+        export = self.open(found)
+        try:
+            self.tell(option, export, wanted)
+        finally:
+            self.exports.close_export(export)
+        self.reply(option, NBD_REP_ACK)
+
+    def go(self, option: int, data: bytes) -> None:
+        found, wanted = self.read_name(data)
+        self.export = export = self.open_for_good(found)
+        self.tell(option, export, wanted)
+        self.reply(option, NBD_REP_ACK)
+
+    # -- metadata contexts ----------------------------------------------------
+
+    def read_queries(self, data: bytes) -> tuple[ExportName, list[str]]:
+        if not self.structured:
+            raise NBDRefused(NBD_REP_ERR_INVALID, "only with structured replies")
+        reader = OptionReader(data)
+        name = reader.text()
+        queries = [reader.text() for _ in range(reader.number(">I"))]
+        reader.end()
+        return self.find(name), queries
+
+    def chosen(
+        self, found: ExportName, queries: list[str], listing: bool
+    ) -> list[tuple[str, Revision | None]]:
+        try:
+            matches = [self.exports.find_contexts(found, one, listing) for one in queries]
+        except BackyError as e:
+            raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
+        return list(dict(itertools.chain(*matches)).items())
+
+    def list_meta_context(self, option: int, data: bytes) -> None:
+        found, queries = self.read_queries(data)
+        everything = ["base:", "x-backy:", "qemu:"]
+        for name, _ in self.chosen(found, queries or everything, True):
+            self.reply(option, NBD_REP_META_CONTEXT, bytes(4) + name.encode())
+        self.reply(option, NBD_REP_ACK)
+
+    def set_meta_context(self, option: int, data: bytes) -> None:
+        self.contexts, self.contexts_of = [], None
+        found, queries = self.read_queries(data)
+        contexts = self.chosen(found, queries, False)
+        if len(contexts) > MOST_CONTEXTS:
+            raise NBDRefused(NBD_REP_ERR_TOO_BIG, f"more than {MOST_CONTEXTS} contexts")
+        for number, (name, _) in enumerate(contexts, 1):
+            text = struct.pack(">I", number) + name.encode()
+            self.reply(option, NBD_REP_META_CONTEXT, text)
+        self.contexts, self.contexts_of = contexts, (found.job, str(found))
+        self.reply(option, NBD_REP_ACK)
+
+
+def may_sendfile(connection: Any, is_tls: bool) -> bool:
+    """Whether bytes can go to the client uncopied, and whether that is any good.
+
+    Over loopback it is not: what the server saves, the client pays twice.
+    """
+    import socket
+
+    if is_tls or connection.family == socket.AF_UNIX:
+        return not is_tls
+    return not is_loopback(connection.getpeername()[0])
+
+
+def is_loopback(address: str) -> bool:
+    return re.match(r"(?:::ffff:)?127\.|::1\Z", address) is not None
+
+
+class NBDTransmission:
+    """Requests and replies, until the client has enough."""
+
+    def __init__(self, session: NBDSession, handshake: NBDHandshake, export: Export) -> None:
+        self.session, self.server = session, session.server
+        self.connection, self.is_tls = session.connection, handshake.is_tls
+        self.export, self.image = export, export.image
+        self.structured, self.extended = handshake.structured, handshake.extended
+        self.by_sendfile = may_sendfile(self.connection, self.is_tls) and not self.image.checked
+        self.form = nbd_request_extended if self.extended else nbd_request
+        self.magic = NBD_EXTENDED_REQUEST_MAGIC if self.extended else NBD_REQUEST_MAGIC
+        self.room = memoryview(bytearray(REQUEST_ROOM))
+        self.filled = 0
+        self.parts: list[Any] = []  # replies that wait to be sent
+        self.waiting = 0  # their bytes
+        self.request_offset = 0
+        self.probe = bytearray(1)
+        self.buffers: Buffers | None = None
+        self.held, self.held_bad = (0, 0), []  # what of a checked image is in the buffer
+        self.told: set[Span] = set()
+        self.requests = self.bytes_read = 0
+        # where small reads may simply be made: not in holes, of which a clone knows nothing
+        self.starts: ListLike[int] = (0, 1 << 63)
+        self.flags: ListLike[int] = b"\0"
+        if self.image.maps is not None:
+            data = self.image.data(0, self.image.size)
+            self.starts, self.flags = data.starts, data.flags
+
+    # -- sending --------------------------------------------------------------
+
+    def queue(self, *parts: Any) -> None:
+        """Send this with what comes next."""
+        self.parts += parts
+        self.waiting += sum(map(len, parts))
+        if self.waiting >= MOST_WAITING or len(self.parts) >= MOST_PIECES:
+            self.flush()
+
+    def flush(self, flags: int = 0) -> None:
+        parts = self.parts
+        if not parts:
+            return
+        try:
+            if self.is_tls:
+                large = parts.pop() if len(parts[-1]) > SMALL_READ else b""
+                self.connection.sendall(b"".join(parts))
+                self.connection.sendall(large)
+            else:
+                sent = self.connection.sendmsg(parts, (), flags)
+                if sent < self.waiting:
+                    self.connection.sendall(memoryview(b"".join(parts))[sent:], flags)
+        except BlockingIOError:
+            raise NBDDropped(f"the client has read nothing for {NBD_STALLED} s") from None
+        parts.clear()
+        self.waiting = 0
+
+    def small_head(self, cookie: int, offset: int, length: int) -> bytes:
+        """What stands before the bytes of a read that are at hand, and all of it."""
+        if not self.structured:
+            return nbd_simple_reply.pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        kind, flags = NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_FLAG_DONE
+        if self.extended:
+            form = nbd_chunk_extended_with_data
+            magic = NBD_EXTENDED_REPLY_MAGIC
+            return form.pack(magic, flags, kind, cookie, offset, 8 + length, offset)
+        magic = NBD_STRUCTURED_REPLY_MAGIC
+        return nbd_chunk_with_data.pack(magic, flags, kind, cookie, 8 + length, offset)
+
+    def chunk(self, cookie: int, kind: int, length: int, is_last: bool) -> bytes:
+        """The header of a chunk with `length` bytes behind it."""
+        flags = NBD_REPLY_FLAG_DONE if is_last else 0
+        if self.extended:
+            magic, offset = NBD_EXTENDED_REPLY_MAGIC, self.request_offset
+            return nbd_chunk_extended.pack(magic, flags, kind, cookie, offset, length)
+        return nbd_chunk.pack(NBD_STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
+
+    def error_chunk(self, cookie: int, failed: NBDFailed, is_last: bool, offset: int = -1) -> None:
+        text = str(failed).encode("utf-8", "replace")[:KiB]
+        body = struct.pack(">IH", failed.error, len(text)) + text
+        kind = NBD_REPLY_TYPE_ERROR
+        if offset >= 0:
+            kind, body = NBD_REPLY_TYPE_ERROR_OFFSET, body + struct.pack(">Q", offset)
+        self.queue(self.chunk(cookie, kind, len(body), is_last), body)
+
+    def finish(
+        self, cookie: int, failed: NBDFailed | None = None, needs_chunk: bool = False
+    ) -> None:
+        """Say that a request was done, or was not."""
+        if self.extended or (self.structured and needs_chunk):
+            if failed:
+                self.error_chunk(cookie, failed, True)
+            else:
+                self.queue(self.chunk(cookie, NBD_REPLY_TYPE_NONE, 0, True))
+        else:
+            error = failed.error if failed else 0
+            self.queue(nbd_simple_reply.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie))
+
+    # -- requests -------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer until the client says goodbye or goes.  Raises NBDDropped and OSError."""
+        is_last = False
+        while not is_last:
+            is_last = self.server.is_stopping
+            count = self.receive(is_last)
+            if not count:
+                return
+            end = self.filled + count
+            used = self.answer_all(end)
+            self.flush()
+            if used < 0:
+                return
+            self.filled = end - used
+            self.room[: self.filled] = self.room[used:end]
+
+    def receive(self, is_last: bool) -> int:
+        """Wait for more; the last time take only what is there already."""
+        room = self.room[self.filled :]
+        if not is_last:
+            return self.connection.recv_into(room)
+        if self.is_tls:
+            return self.connection.recv_into(room) if self.connection.pending() else 0
+        with suppress(BlockingIOError):
+            return self.connection.recv_into(room, 0, MSG_DONTWAIT)
+        return 0
+
+    def answer_all(self, end: int) -> int:
+        """Answer the requests that are there in whole; how many bytes they had, -1 at a goodbye.
+
+        Small reads of what is data, nearly all that there is to do, are done here; what
+        is anything else, or odd, goes on in answer().
+        """
+        width, expected, parts, head = self.form.size, self.magic, self.parts, self.small_head
+        fd, base, size, pread = self.image.fd, self.export.offset, self.export.size, os.pread
+        starts, flags_of = self.starts, self.flags
+        most = 0 if self.image.damaged or self.image.checked else SMALL_READ
+        at, head_size = 0, len(head(0, 0, 0))
+        while end - at >= width:
+            requests = self.room[at : at + (end - at) // width * width]
+            if len(requests) > width:
+                self.look_ahead(requests)
+            for request in self.form.iter_unpack(requests):
+                at += width
+                magic, flags, kind, cookie, offset, length = request
+                if magic != expected:
+                    raise NBDDropped("a request without its magic")
+                if 0 < length <= most and kind == 0 == flags and offset + length <= size:
+                    start = base + offset
+                    number = bisect_right(starts, start)
+                    if not flags_of[number - 1] and starts[number] >= start + length:
+                        try:
+                            data = pread(fd, length, start)
+                        except OSError:  # answer() meets it again
+                            data = b""
+                        if len(data) == length:
+                            parts.append(head(cookie, offset, length))
+                            parts.append(data)
+                            self.waiting += length + head_size
+                            if self.waiting > MOST_WAITING or len(parts) > MOST_PIECES:
+                                self.flush()
+                            continue
+                if kind == NBD_CMD_DISC:
+                    return -1
+                if kind == NBD_CMD_WRITE or (self.extended and flags & NBD_CMD_FLAG_PAYLOAD_LEN):
+                    at = self.answer_payload(request, at, end)
+                    break
+                self.answer(request)
+        return at
+
+    def look_ahead(self, requests: memoryview) -> None:
+        """If the first read is not in the cache, let the disk work on all of them at once."""
+        is_cold = False
+        for _, _, kind, _, offset, length in self.form.iter_unpack(requests):
+            if kind != NBD_CMD_READ or offset + length > self.export.size or not length:
+                return
+            place = self.export.offset + offset
+            if not is_cold:
+                try:
+                    os.preadv(self.image.fd, [self.probe], place, os.RWF_NOWAIT)
+                    return
+                except BlockingIOError:
+                    is_cold = True
+                except OSError:  # no such call on this file system
+                    return
+            read_ahead(self.image.fd, place, min(length, MOST_REQUEST))
+
+    def answer(self, request: tuple[int, int, int, int, int, int]) -> None:
+        """Answer anything but a write, whose data follow it."""
+        _, flags, kind, cookie, offset, length = request
+        self.request_offset = offset
+        try:
+            self.refuse(flags, kind, offset, length)
+            with failing_as_nbd():
+                getattr(self, NBD_COMMANDS[kind][0])(flags, cookie, offset, length)
+        except NBDFailed as e:
+            self.finish(cookie, e, kind in (NBD_CMD_READ, NBD_CMD_BLOCK_STATUS))
+
+    def refuse(self, flags: int, kind: int, offset: int, length: int) -> None:
+        """Raise NBDFailed for what cannot be asked."""
+        if kind not in NBD_COMMANDS:
+            raise NBDFailed(errno.EINVAL, "unknown command")
+        name, allowed, changes = NBD_COMMANDS[kind]
+        if changes and not self.image.is_writable:
+            raise NBDFailed(errno.EPERM, "this export is read-only")
+        if flags & ~(allowed | NBD_CMD_FLAG_FUA):
+            raise NBDFailed(errno.EINVAL, f"flags {flags:#x} do not go with {name}")
+        if flags & NBD_CMD_FLAG_DF and not self.structured:
+            raise NBDFailed(errno.EINVAL, "DF goes with structured replies only")
+        if kind == NBD_CMD_FLUSH:
+            return
+        if offset + length > self.export.size:
+            full = kind in (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES)
+            raise NBDFailed(errno.ENOSPC if full else errno.EINVAL, "behind the end of the export")
+        if length > MOST_REQUEST and kind in (NBD_CMD_READ, NBD_CMD_WRITE):
+            raise NBDFailed(errno.EINVAL, f"more than {MOST_REQUEST} bytes")
+
+    def flush_export(self, flags: int, cookie: int, *_: int) -> None:
+        self.image.flush()
+        self.finish(cookie)
+
+    def trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        self.image.trim(self.export.offset + offset, length)
+        self.conclude(flags, cookie)
+
+    def write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        start = self.export.offset + offset
+        as_hole, fast = not flags & NBD_CMD_FLAG_NO_HOLE, bool(flags & NBD_CMD_FLAG_FAST_ZERO)
+        if length and not self.image.zero(start, length, as_hole, fast):
+            raise NBDFailed(errno.EOPNOTSUPP, "zeros would have to be written one by one")
+        self.conclude(flags, cookie)
+
+    def cache(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        read_ahead(self.image.fd, self.export.offset + offset, length)
+        self.finish(cookie)
+
+    def conclude(self, flags: int, cookie: int) -> None:
+        """Say that a change was made; with FUA only when it is on the medium."""
+        if flags & NBD_CMD_FLAG_FUA:
+            self.image.flush()
+        self.finish(cookie)
+
+    def answer_payload(
+        self, request: tuple[int, int, int, int, int, int], at: int, end: int
+    ) -> int:
+        """Take the data behind a write as they come; where in the room what follows them begins.
+
+        Also when it fails all of them are taken, so that the next request is found.
+        """
+        _, flags, kind, cookie, offset, length = request
+        self.request_offset = offset
+        if length > MOST_PAYLOAD:
+            raise NBDDropped(f"a request with {length} bytes behind it")
+        failed: NBDFailed | None = None
+        try:
+            self.refuse(flags, kind, offset, length)
+            if kind != NBD_CMD_WRITE or self.extended != bool(flags & NBD_CMD_FLAG_PAYLOAD_LEN):
+                raise NBDFailed(
+                    errno.EINVAL, "PAYLOAD_LEN goes with writes by extended headers, always"
+                )
+        except NBDFailed as e:
+            failed = e
+        start = self.export.offset + offset
+        for piece in self.payload(at, end, length):
+            try:
+                with failing_as_nbd():
+                    if not failed:
+                        self.image.write(piece, start)
+            except NBDFailed as e:
+                failed = e
+            start += len(piece)
+        if not failed:
+            try:
+                with failing_as_nbd():
+                    if flags & NBD_CMD_FLAG_FUA:
+                        self.image.flush()
+            except NBDFailed as e:
+                failed = e
+        self.finish(cookie, failed, kind in (NBD_CMD_READ, NBD_CMD_BLOCK_STATUS))
+        return min(end, at + length)
+
+    def payload(self, at: int, end: int, length: int) -> Iterator[memoryview]:
+        """The data of a write: what is in the room already, then what comes."""
+        here = min(length, end - at)
+        if here:
+            yield self.room[at : at + here]
+        if here < length:
+            self.flush()
+        room = self.buffer().new
+        while here < length:
+            wanted, got = min(UNIT, length - here), 0
+            while got < wanted:
+                count = self.connection.recv_into(room[got:wanted])
+                if not count:
+                    raise NBDDropped("the client has gone in the middle of a write")
+                got += count
+            yield room[:wanted]
+            here += wanted
+
+    def buffer(self) -> Buffers:
+        if self.buffers is None:
+            self.buffers = Buffers()
+        return self.buffers
+
+    # -- reading --------------------------------------------------------------
+
+    def read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        start = self.export.offset + offset
+        if not length:
+            self.finish(cookie, None, True)
+        elif not self.structured:
+            self.read_simply(cookie, start, start + length)
+        else:
+            as_one = bool(flags & NBD_CMD_FLAG_DF)
+            if as_one and self.image.checked and length > UNIT - BLOCK:
+                raise NBDFailed(errno.EOVERFLOW, "too much to be checked and sent as one")
+            for first, last, kind in self.pieces(start, start + length, as_one):
+                self.read_piece(cookie, first, last, kind, last == start + length)
+
+    def pieces(self, start: int, end: int, as_one: bool) -> Iterator[tuple[int, int, str]]:
+        """(start, end, "data", "hole" or "bad") of a read; with `as_one` just "whole" or "bad"."""
+        bad = self.image.bad_spans(start, end) if self.image.damaged else []
+        if as_one:
+            yield start, end, "bad" if bad else "whole"
+            return
+        for first, last in [*bad, (end, end)]:
+            for run_start, run_end, flags in self.image.data(start, first).between(start, first):
+                yield run_start, run_end, "hole" if flags else "data"
+            if first < last:
+                yield first, last, "bad"
+            start = last
+
+    def read_piece(self, cookie: int, start: int, end: int, kind: str, is_last: bool) -> None:
+        """The chunks for one piece of a read."""
+        offset = start - self.export.offset
+        if kind == "hole":
+            body = struct.pack(">QI", offset, end - start)
+            self.queue(self.chunk(cookie, NBD_REPLY_TYPE_OFFSET_HOLE, 12, is_last), body)
+        elif kind == "bad":
+            self.read_damage(cookie, start, end, is_last)
+        elif end - start > (SMALL_READ if self.by_sendfile else UNIT if kind == "whole" else end):
+            self.stream(cookie, start, end, is_last)
+        else:
+            self.read_by_copy(cookie, start, end, kind, is_last)
+
+    def read_damage(self, cookie: int, start: int, end: int, is_last: bool) -> None:
+        self.tell_damage(start, end)
+        failed = NBDFailed(errno.EIO, f"damaged: bytes {start} to {end - 1} of the image")
+        self.error_chunk(cookie, failed, is_last, start - self.export.offset)
+
+    def tell_damage(self, start: int, end: int) -> None:
+        if (start, end) not in self.told and len(self.told) < 1000:
+            self.told.add((start, end))
+            where = f"bytes {start} to {end - 1}"
+            log.error("nbd: %s is damaged: %s were asked for", self.export.found, where)
+
+    def read_by_copy(self, cookie: int, start: int, end: int, kind: str, is_last: bool) -> None:
+        """Chunks of what is in memory before the first of them is sent, so they are whole."""
+        while start < end:
+            stop, view, bad = self.load(start, end)
+            if bad and kind == "whole":
+                bad = [(start, end)]
+            position = start
+            for first, last in [*bad, (stop, stop)]:
+                if position < first:
+                    done = is_last and first == end
+                    offset, length = position - self.export.offset, first - position
+                    head = self.chunk(cookie, NBD_REPLY_TYPE_OFFSET_DATA, 8 + length, done)
+                    data = view[position - start : first - start]
+                    self.queue(head + struct.pack(">Q", offset), data)
+                    self.flush()
+                if first < last:
+                    self.read_damage(cookie, first, last, is_last and last == end)
+                position = last
+            start = stop
+
+    def load(self, start: int, end: int) -> tuple[int, memoryview, list[Span]]:
+        """Read from `start` on as much as there is room for: where it ends, it, and what is bad."""
+        view = self.buffer().new
+        if self.image.checked:
+            return self.load_checked(self.image.checked, view, start, end)
+        stop = min(end, start + UNIT)
+        try:
+            whole = read_at(self.image.fd, view, start, stop - start) == stop - start
+        except OSError as e:
+            log.error("nbd: %s: cannot read at %s: %s", self.export.found, start, e.strerror)
+            whole = False
+        return stop, view, [] if whole else [(start, stop)]
+
+    def load_checked(
+        self, checked: CheckedImage, view: memoryview, start: int, end: int
+    ) -> tuple[int, memoryview, list[Span]]:
+        """The same, held against the digests; what was read last is not read again."""
+        if not self.held[0] <= start < self.held[1]:
+            first = start - start % BLOCK
+            last = min(first + UNIT, -(-end // BLOCK) * BLOCK, checked.size)
+            checked.read(view, first, last - first)
+            found = list(join_ranges(checked.damaged))
+            checked.damaged.clear()
+            self.held = (first, last)
+            self.held_bad = [(at, at + length) for at, length in found]
+            if found:
+                self.server.exports.note_damage(self.image, found)
+        stop = min(end, self.held[1])
+        return (
+            stop,
+            view[start - self.held[0] :],
+            list(common_spans([(start, stop)], self.held_bad)),
+        )
+
+    def stream(self, cookie: int, start: int, end: int, is_last: bool) -> None:
+        """One chunk of what is not in memory; only behind it can be said that it is right."""
+        head = self.chunk(cookie, NBD_REPLY_TYPE_OFFSET_DATA, 8 + end - start, False)
+        self.queue(head + struct.pack(">Q", start - self.export.offset))
+        at = self.send_file(start, end)
+        if at < end:
+            for first in range(at, end, UNIT):
+                self.queue(memoryview(ZEROS)[: min(UNIT, end - first)])
+            self.read_damage(cookie, at, end, is_last)
+        elif is_last:
+            self.finish(cookie, None, True)
+
+    def send_file(self, start: int, end: int) -> int:
+        """Send bytes of the image behind what waits; how far it came, if they cannot be read."""
+        if not self.by_sendfile:
+            while start < end:
+                stop, view, bad = self.load(start, end)
+                if bad:
+                    break
+                self.queue(view[: stop - start])
+                self.flush()
+                start = stop
+            return start
+        self.flush(MSG_MORE)
+        while start < end:
+            try:
+                sent = os.sendfile(self.connection.fileno(), self.image.fd, start, end - start)
+            except (ConnectionError, BlockingIOError):
+                raise
+            except OSError as e:
+                log.error("nbd: %s: cannot read at %s: %s", self.export.found, start, e.strerror)
+                break
+            if not sent:
+                break
+            start += sent
+        return start
+
+    def read_simply(self, cookie: int, start: int, end: int) -> None:
+        """A read without chunks: behind the header an error can only be told by hanging up."""
+        bad = self.image.bad_spans(start, end)
+        head = nbd_simple_reply.pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        by_sendfile = self.by_sendfile and end - start > SMALL_READ
+        if not bad and end - start <= UNIT - BLOCK and not by_sendfile:
+            _, view, bad = self.load(start, end)
+            if not bad:
+                self.queue(head, view[: end - start])
+                self.flush()
+                return
+        for one in bad:
+            self.tell_damage(*one)
+        if bad:
+            raise NBDFailed(errno.EIO, "damaged")
+        self.queue(head)
+        for first, last, kind in self.pieces(start, end, False):
+            for at in range(first, last if kind == "hole" else first, UNIT):
+                self.queue(memoryview(ZEROS)[: min(UNIT, last - at)])
+            if kind == "data" and self.send_file(first, last) < last:
+                raise NBDDropped(f"{self.export.found} cannot be read behind {first}")
+
+    # -- what is where --------------------------------------------------------
+
+    def block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if not self.export.contexts or not length:
+            raise NBDFailed(errno.EINVAL, "no metadata context, or nothing to tell of")
+        start, end = self.export.offset + offset, self.export.offset + offset + length
+        most = 1 if flags & NBD_CMD_FLAG_REQ_ONE else MOST_DESCRIPTORS
+        answers = []
+        for number, runs in self.export.contexts:
+            found = itertools.islice(runs(start, end).between(start, end), most)
+            flat = [value for first, last, state in found for value in (last - first, state)]
+            answers.append((number, flat))
+        for at, (number, flat) in enumerate(answers, 1):
+            if self.extended:
+                kind = NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                body = struct.pack(f">II{len(flat)}Q", number, len(flat) // 2, *flat)
+            else:
+                kind = NBD_REPLY_TYPE_BLOCK_STATUS
+                body = struct.pack(f">I{len(flat)}I", number, *flat)
+            self.queue(self.chunk(cookie, kind, len(body), at == len(answers)), body)
+
+
+class NBDSession:
+    """One client, from its connection to its end."""
+
+    def __init__(self, server: NBDServer, connection: Any, peer: str, process: int) -> None:
+        """`process` is the client's, if it is on this host and known; else 0."""
+        self.server, self.connection, self.peer = server, connection, peer
+        self.is_process = process > 0
+        self.group: object = process or self
+        self.last_heard = time.monotonic()
+        self.is_serving = False
+
+    def run(self) -> None:
+        """What the thread does; it raises nothing."""
+        export: Export | None = None
+        handshake = NBDHandshake(self)
+        try:
+            try:
+                export = handshake.run()
+            finally:
+                export = export or handshake.export
+            self.serve(handshake, export)
+        except (NBDDropped, OSError, ValueError) as e:
+            why = printable(e)
+            (log.info if export else log.debug)("nbd: %s: %s", self.peer, why or "goodbye")
+        except MemoryError:
+            log.error("nbd: %s: out of memory", self.peer)
+        except Exception:  # a defect of ours must cost this connection only
+            log.exception("nbd: %s: the session failed", self.peer)
+        finally:
+            if export:
+                self.server.exports.close_export(export)
+            self.close()
+            self.server.sessions.discard(self)
+
+    def serve(self, handshake: NBDHandshake, export: Export) -> None:
+        import socket
+
+        self.connection.settimeout(None)
+        timeout = struct.pack("@ll", NBD_STALLED, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        how = "writable" if export.image.is_writable else "read-only"
+        log.info("nbd: %s: opened %s, %s", self.peer, export.found, how)
+        if export.found.revision.trust is Trust.DISTRUSTED:
+            log.warning("nbd: %s is distrusted", export.found)
+        if export.image.checked and export.image.checked.unchecked:
+            why = export.image.checked.unchecked
+            log.warning("nbd: %s cannot be checked: %s", export.found, why)
+        transmission = NBDTransmission(self, handshake, export)
+        try:
+            transmission.run()
+        finally:
+            log.info("nbd: %s: closed %s", self.peer, export.found)
+
+    def stop(self) -> None:
+        """Let it come to its end: what has arrived is still answered."""
+        import socket
+
+        with suppress(OSError):  # of an SSLSocket this would end TLS as well
+            socket.socket.shutdown(self.connection, socket.SHUT_RD)
+
+    def drop(self) -> None:
+        """End it at once."""
+        import socket
+
+        with suppress(OSError):
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it, but so that the client gets all that was sent to it."""
+        import socket
+
+        with suppress(OSError, ValueError):
+            self.connection.settimeout(1)
+            if hasattr(self.connection, "unwrap"):
+                with suppress(OSError):
+                    self.connection = self.connection.unwrap()
+            self.connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + 1
+            while self.connection.recv(64 * KiB) and time.monotonic() < end:
+                pass
+        with suppress(OSError):
+            self.connection.close()
+
+
+class NBDServer:
+    """Listens, and starts a thread for each client."""
+
+    def __init__(self, loop: Loop, exports: Exports, tls: Any, most_clients: int) -> None:
+        self.loop, self.exports, self.tls, self.most_clients = loop, exports, tls, most_clients
+        self.listeners: list[Any] = []
+        self.sockets: list[tuple[str, os.stat_result]] = []  # that are ours to remove
+        self.sessions: set[NBDSession] = set()
+        self.lock = threading.Lock()
+        self.is_stopping = False
+        self.news: Timer | None = None
+
+    # -- listening ------------------------------------------------------------
+
+    def listen(self, listener: Any) -> None:
+        listener.setblocking(False)
+        self.listeners.append(listener)
+        self.watch(listener)
+        log.info("nbd: listening on %s", printable(describe_listener(listener)))
+
+    def listen_tcp(self, address: str, port: int) -> int:
+        """Listen on all that `address` means; the port that it is.  Raises OSError and the like."""
+        for listener in listening_sockets(address, port):
+            self.listen(listener)
+            port = listener.getsockname()[1]
+        return port
+
+    def listen_unix(self, path: str) -> None:
+        """Listen on a socket that only its owner may use; one that nobody answers is replaced."""
+        import socket
+
+        with explain(f"cannot listen on {printable(path)}"):
+            listener = socket.socket(socket.AF_UNIX)
+            try:
+                if os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode):
+                    with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionRefusedError):
+                        probe.connect(path)
+                        raise Busy(f"{printable(path)} is in use by another server")
+                    os.unlink(path)
+                listener.bind(path)
+                os.chmod(path, 0o600)
+                listener.listen(128)
+                self.sockets.append((path, os.lstat(path)))
+            except BaseException:
+                listener.close()
+                raise
+            self.listen(listener)
+
+    def take_over(self, first: int, count: int) -> None:
+        """Use the sockets that systemd, or a client that started us, listens on already."""
+        import socket
+
+        for fd in range(first, first + count):
+            with explain(f"cannot use descriptor {fd} of LISTEN_FDS"):
+                os.set_inheritable(fd, False)
+                self.listen(socket.socket(fileno=fd))
+
+    def watch(self, listener: Any) -> None:
+        if listener in self.listeners:
+            self.loop.watch(listener, 1, lambda _: self.accept(listener))
+
+    def accept(self, listener: Any) -> None:
+        for _ in range(16):
+            try:
+                connection, place = listener.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as e:  # no descriptors, no memory: in a moment there may be some
+                log.warning("nbd: cannot accept a connection: %s", e.strerror)
+                self.loop.forget(listener)
+                self.loop.call_in(1.0, lambda: self.watch(listener))
+                return
+            self.admit(connection, place)
+
+    def admit(self, connection: Any, place: Any) -> None:
+        self.make_room()
+        try:
+            session = NBDSession(self, connection, *prepare_connection(connection, place))
+            self.sessions.add(session)
+            threading.Thread(target=session.run, daemon=True).start()
+        except (OSError, RuntimeError) as e:  # it is gone already; no more threads
+            log.warning("nbd: cannot serve a client: %s", e)
+            connection.close()
+            return
+        if self.news is None:
+            self.news = self.loop.call_in(NBD_NEWS, self.learn)
+
+    def make_room(self) -> None:
+        """Drop the handshake in which nothing has been said for the longest time, if need be."""
+        waiting = [one for one in list(self.sessions) if not one.is_serving]
+        if len(waiting) >= NBD_HALF_OPEN:
+            silent = min(waiting, key=lambda one: one.last_heard)
+            self.sessions.discard(silent)
+            silent.drop()
+
+    def claim(self, session: NBDSession) -> bool:
+        """Count a client that has decided for an export, if there is room for it."""
+        with self.lock:
+            serving = sum(one.is_serving for one in list(self.sessions) if one is not session)
+            session.is_serving = serving < self.most_clients
+            return session.is_serving
+
+    def learn(self) -> None:
+        self.exports.refresh()
+        self.news = self.loop.call_in(NBD_NEWS, self.learn) if self.sessions else None
+
+    # -- the end --------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until a signal ends it."""
+        try:
+            while True:
+                self.loop.turn()
+        except KeyboardInterrupt:
+            pass
+        except Stopped as e:
+            if e.status != 128 + signal.SIGTERM:
+                raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Take no more clients, and let those that are here have what they asked for."""
+        self.is_stopping = True
+        for listener in self.listeners:
+            self.loop.forget(listener)
+            listener.close()
+        self.listeners.clear()
+        for path, status in self.sockets:
+            with suppress(OSError):
+                if os.path.samestat(os.lstat(path), status):
+                    os.unlink(path)
+        for session in list(self.sessions):
+            session.stop()
+        end = time.monotonic() + NBD_GRACE
+        while self.sessions and time.monotonic() < end:
+            time.sleep(0.01)
+        for session in list(self.sessions):
+            session.drop()
+        end = time.monotonic() + 2
+        while self.sessions and time.monotonic() < end:
+            time.sleep(0.01)
+        self.exports.close()
+
+
+def describe_listener(listener: Any) -> str:
+    """As a client would write it, where that can be."""
+    import socket
+
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"nbd+unix:///?socket={name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"nbd://{host}:{name[1]}"
+
+
+def prepare_connection(connection: Any, place: Any) -> tuple[str, int]:
+    """Set a new connection up; how to call its other end, and its process if that is known."""
+    import socket
+
+    connection.setblocking(True)
+    if connection.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        process, user, _ = struct.unpack("3i", peer)
+        return f"process {process} of user {user}", process
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return f"{place[0]}:{place[1]}", 0
+
+
+def make_tls(certificate: str, key: str | None, authority: str | None) -> Any:
+    """What TLS needs to know; with an `authority`, clients must show a certificate of it."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0
+    for path in filter(None, (certificate, key, authority)):
+        with explain(f"cannot read {printable(path)}"):
+            open(path, "rb").close()
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")
+        if authority:
+            context.load_verify_locations(authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (ssl.SSLError, ValueError) as e:
+        paths = ", ".join(printable(one) for one in (certificate, key, authority) if one)
+        raise BackyError(f"no TLS with {paths}: {e}") from e
+    return context
+
+
+def listen_fds() -> int:
+    """How many sockets we were started with, by LISTEN_FDS; children shall not think so too."""
+    count, owner = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    if owner != str(os.getpid()):
+        return 0
+    if not re.fullmatch("[0-9]{1,4}", count, re.ASCII):
+        raise BackyError(f"LISTEN_FDS is {printable(count)!r} and no number")
+    return int(count)
+
+
 # ==== Command line ===========================================================
 #
 # Each command stands with its arguments and its help.  -b, -l and -v may stand
@@ -12738,6 +14674,157 @@ def shell(args: argparse.Namespace) -> int:
         return ask_each(client, sys.stdin or ())
     finally:
         client.close()
+
+
+def parse_port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no port: 0 to 65535")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no number from 1 to 9999")
+    return int(text)
+
+
+def export_mode(args: argparse.Namespace) -> ExportMode:
+    """How exports are opened.  Raises BackyError for options that do not go together."""
+    for name in ("shared", "keep"):
+        if getattr(args, name) and not args.writable:
+            raise BackyError(f"--{name} goes with --writable")
+    if args.verify and args.writable:
+        raise BackyError("--verify is for what is only read, --writable for what changes")
+    if args.keep and (not KEPT_NAME.fullmatch(args.keep) or OUR_NAMES.fullmatch(args.keep)):
+        raise BackyError(
+            f"{printable(args.keep)!r} cannot be the name of a clone that is kept",
+            "letters, digits and . _ + -, at most 64, and not like a file of the repository",
+        )
+    return ExportMode(args.writable, args.shared, args.keep, args.verify)
+
+
+def nbd_tls(args: argparse.Namespace) -> Any:
+    if args.tls_cert:
+        return make_tls(args.tls_cert, args.tls_key, args.tls_ca)
+    if args.tls_key or args.tls_ca:
+        raise BackyError("--tls-key and --tls-ca go with --tls-cert")
+    return None
+
+
+def open_listeners(server: NBDServer, args: argparse.Namespace) -> None:
+    """Listen where it was asked for.  Raises BackyError."""
+    given = listen_fds()
+    if given:
+        server.take_over(SD_LISTEN_FDS_START, given)
+        return
+    if args.socket:
+        server.listen_unix(args.socket)
+    hosts = args.host or []
+    if not hosts and not (args.socket and args.port is None):
+        hosts = ["127.0.0.1", "::1"]
+    port, failures = NBD_PORT if args.port is None else args.port, []
+    for host in hosts:
+        try:
+            refuse_openness(server, host, args.insecure)
+            port = server.listen_tcp(host, port)
+        except (OSError, OverflowError, UnicodeError) as e:
+            reason = getattr(e, "strerror", None) or e
+            failures.append(f"cannot listen on {printable(host)} port {port}: {reason}")
+    if failures and (args.host or len(failures) == len(hosts)):
+        raise BackyError("; ".join(failures))
+    for failure in failures:
+        log.warning("nbd: %s", failure)
+
+
+def refuse_openness(server: NBDServer, host: str, insecure: bool) -> None:
+    """Raise BackyError for an address from which others could read all, unless that is wanted."""
+    import socket
+
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    if all(is_loopback(place[0]) for *_, place in found):
+        return
+    if server.tls is None and not insecure:
+        raise BackyError(
+            f"{printable(host)} is more than this host: whoever reaches it could read everything",
+            "use --tls-cert and --tls-ca, or --insecure",
+        )
+    if server.tls is None or not server.tls.verify_mode:
+        log.warning("nbd: whoever reaches %s can read everything", printable(host))
+
+
+@command(
+    argument(
+        *("-c", "--config"),
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="serve all jobs of this configuration instead of the one of -b",
+    ),
+    argument(
+        *("-H", "--host"),
+        action="append",
+        metavar="HOST",
+        help="the address to listen on (default: 127.0.0.1 and ::1, or none with -U)",
+    ),
+    argument(
+        *("-p", "--port"),
+        type=parse_port,
+        metavar="PORT",
+        help=f"the port to listen on; 0 is any free one (default: {NBD_PORT})",
+    ),
+    argument(*("-U", "--socket"), metavar="SOCKET", help="listen on this Unix socket"),
+    argument(
+        "--max-clients",
+        type=parse_count,
+        default=NBD_CLIENTS,
+        metavar="N",
+        help=f"serve so many connections at a time (default: {NBD_CLIENTS})",
+    ),
+    argument("--verify", action="store_true", help="check all that is read against its digests"),
+    argument(
+        "--writable", action="store_true", help="give each client a clone that it may write to"
+    ),
+    argument(
+        "--shared", action="store_true", help="with --writable: one clone for all, until the end"
+    ),
+    argument(
+        "--keep",
+        metavar="NAME",
+        default="",
+        help="with --writable: keep the clone as NAME in the job's directory",
+    ),
+    argument("--tls-cert", metavar="FILE", help="talk by TLS only, with this certificate"),
+    argument("--tls-key", metavar="FILE", help="its key, if that is in a file of its own"),
+    argument(
+        "--tls-ca", metavar="FILE", help="want certificates of clients, made by this authority"
+    ),
+    argument(
+        "--insecure",
+        action="store_true",
+        help="listen without TLS on an address that is not this host's own",
+    ),
+    examples=(
+        "backy -b /srv/backy/vm1 nbd-server\n"
+        "backy nbd-server -c /etc/backy.conf -U /run/backy.nbd --verify\n"
+        "backy -b /srv/backy/vm1 nbd-server -U /run/vm1.nbd --writable --keep rescue.img"
+    ),
+)
+def nbd_server(args: argparse.Namespace) -> None:
+    """Serve revisions as network block devices, until a signal ends it."""
+    mode = export_mode(args)
+    tls = nbd_tls(args)
+    if args.config_given:
+        exports = Exports(load_settings(args.config).base_dir, True, mode)
+        exports.jobs()  # if that fails, then before anybody connects
+    else:
+        exports = Exports(args.directory, False, mode)
+        exports.load("")
+    server = NBDServer(Loop(), exports, tls, args.max_clients)
+    try:
+        open_listeners(server, args)
+    except BaseException:
+        server.close()
+        raise
+    server.run()
 
 
 class CommandParser(argparse.ArgumentParser):
