@@ -12246,6 +12246,8 @@ class Exports:
         repository, state = self.repositories.pop(job, (None, ()))
         try:
             status = os.stat(path, follow_symlinks=False)
+            if job and not stat.S_ISDIR(status.st_mode):
+                raise NotFound(f"no job {printable(job)!r}")
             now = (status.st_dev, status.st_ino, status.st_mtime_ns)
             settled = time.time_ns() - status.st_mtime_ns > SETTLED
             if repository is None or state[:2] != now[:2]:
@@ -12259,7 +12261,8 @@ class Exports:
             if repository is not None:
                 repository.close()
             if isinstance(e, OSError):
-                raise NotFound(f"{printable(path)}: {e.strerror}") from e
+                words = "no such directory" if e.errno == errno.ENOENT else e.strerror
+                raise NotFound(f"{printable(path)}: {words}") from e
             raise
         self.repositories[job] = (repository, now if settled else (*now[:2], -1))
         while len(self.repositories) > MOST_REPOSITORIES:
@@ -13648,6 +13651,7 @@ class NBDServer:
 
     def run(self) -> None:
         """Serve until a signal ends it."""
+        give_memory_back()
         try:
             while True:
                 self.loop.turn()
