@@ -8565,9 +8565,10 @@ def listening_sockets(address: str, port: int) -> list[Any]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind(place)
+            listener.bind((place[0], port, *place[2:]))
             listener.listen(128)
             listener.setblocking(False)
+            port = listener.getsockname()[1]  # 0 is any, but the same for all of them
     except BaseException:
         for listener in listeners:
             listener.close()

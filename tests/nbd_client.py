@@ -223,7 +223,7 @@ class Serving:
     @property
     def log(self) -> str:
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while self.read_fd >= 0:
                 piece = os.read(self.read_fd, 65536)
                 if not piece:
                     break

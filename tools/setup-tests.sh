@@ -33,6 +33,9 @@ packages() {
 	rbd ceph-common
 	dash dash
 	losetup mount
+	cpio cpio
+	depmod kmod
+	fio fio
 	make make
 	mandoc mandoc
 	nagios4 nagios4-core
@@ -40,7 +43,15 @@ packages() {
 	mkfs.ext4 e2fsprogs
 	mkfs.vfat dosfstools
 	mkfs.xfs xfsprogs
+	nbd-client nbd-client
+	nbdfuse nbdfuse
+	nbdinfo libnbd-bin
+	nbdkit nbdkit
+	nbdsh python3-libnbd
+	openssl openssl
 	qemu-img qemu-utils
+	qemu-system-x86_64 qemu-system-x86
+	sfdisk fdisk
 	strace strace
 	systemd-analyze systemd
 	systemd-nspawn systemd-container
