@@ -1799,8 +1799,8 @@ def extent_map(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int, i
         fiemap.pack_into(buffer, 0, start, end - start, FIEMAP_FLAG_SYNC, 0, most, 0)
         fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
         count = fiemap.unpack_from(buffer)[3]
-        for number in range(count):
-            extent = fiemap_extent.unpack_from(buffer, fiemap.size + number * fiemap_extent.size)
+        end_of_map = fiemap.size + count * fiemap_extent.size
+        for extent in fiemap_extent.iter_unpack(memoryview(buffer)[fiemap.size : end_of_map]):
             start = extent[0] + extent[2]
             yield extent
             if extent[3] & FIEMAP_EXTENT_LAST:
@@ -11979,42 +11979,48 @@ class Runs:
             start, number = stop, number + 1
 
 
-def with_holes(found: Iterable[tuple[int, int, int]], start: int, end: int) -> list[Span]:
-    """(end, physical minus logical) of all runs from `start` to `end`; -1 for a hole.
+def places_with_holes(fd: int, start: int, end: int) -> list[Span] | None:
+    """(end, physical minus logical) of all runs from `start` to `end`; None if not known.
 
-    Extents are the same place exactly where this difference is the same.
+    Extents are the same place exactly where this difference is the same; -1 is a hole.
     """
     runs: list[Span] = []
-    for logical, physical, length in found:
-        if logical > start:
-            runs.append((logical, -1))
-        runs.append((logical + length, physical - logical))
-        start = logical + length
-    if start < end:
-        runs.append((end, -1))
+    try:
+        for logical, physical, length, flags in extent_map(fd, start, end):
+            if flags & FIEMAP_EXTENT_VAGUE:
+                return None
+            if logical > start:
+                runs.append((logical, -1))
+            start = logical + length
+            runs.append((start, physical - logical))
+    except OSError:
+        return None
+    runs.append((max(start, end), -1))
     return runs
 
 
 def differing_places(one_fd: int, other_fd: int, start: int, end: int) -> list[Span] | None:
     """(start, end) of what two files do not share, neighbours joined; None if not known."""
-    found = [places(fd, start, end) for fd in (one_fd, other_fd)]
-    if found[0] is None or found[1] is None:
+    one_runs, other_runs = (places_with_holes(fd, start, end) for fd in (one_fd, other_fd))
+    if one_runs is None or other_runs is None:
         return None
-    ones, others = (iter(with_holes(one, start, end)) for one in found if one is not None)
     spans: list[Span] = []
-    one, other = next(ones, (end, 0)), next(others, (end, 0))
+    ones, others = iter(one_runs), iter(other_runs)
+    one, one_place = next(ones)
+    other, other_place = next(others)
     while start < end:
-        stop = min(one[0], other[0])
-        if one[1] != other[1]:
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], stop)
-            else:
-                spans.append((start, stop))
-        start = stop
-        if one[0] == stop:
-            one = next(ones, (end, 0))
-        if other[0] == stop:
-            other = next(others, (end, 0))
+        stop = min(one, other, end)
+        if one_place == other_place or stop <= start:
+            pass
+        elif spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], stop)
+        else:
+            spans.append((start, stop))
+        start = max(start, stop)
+        if one == stop and stop < end:
+            one, one_place = next(ones)
+        if other == stop and stop < end:
+            other, other_place = next(others)
     return spans
 
 
@@ -12163,49 +12169,45 @@ class ExportedImage:
 class Comparison:
     """Where an open image may differ from another revision, which is held open too."""
 
-    def __init__(self, repository: Repository, image: ExportedImage, base: Revision) -> None:
-        self.image, self.id = image, base.id
-        self.stack = ExitStack()
-        try:
+    def __init__(self, exports: Exports, image: ExportedImage, base: Revision) -> None:
+        self.exports, self.image, self.base = exports, image, base
+        with exports.repository(image.found.job) as repository:
             self.fd = repository.open_image(base)
-            self.stack.callback(close, self.fd)
-            self.base_size = os.fstat(self.fd).st_size
-            self.sums = self.both_sums(repository, base)
-        except BaseException:
-            self.stack.close()
-            raise
+        self.base_size = os.fstat(self.fd).st_size
 
-    def both_sums(self, repository: Repository, base: Revision) -> tuple[Sums, Sums] | None:
-        if self.image.maps is None:
-            return None
-        found = []
-        try:
-            for revision in (self.image.found.revision, base):
-                fd, sums = repository.open_sums(revision)
-                self.stack.callback(close, fd)
-                found.append(sums)
-        except Damaged:
-            return None
-        return found[0], found[1]
+    def close(self) -> None:
+        close(self.fd)
 
-    def spans(self, start: int, end: int) -> Iterator[Span]:
-        """(start, end) of what may differ: it has other extents and, if known, other digests."""
+    def spans(self, start: int, end: int) -> list[Span]:
+        """(start, end) of what may differ: it has other extents.
+
+        Where that is much, or not known, the digests are asked too: a copy has other
+        extents everywhere.
+        """
         both = min(end, self.base_size)
         found = differing_places(self.image.fd, self.fd, start, both) if start < both else []
         if found is None:
             found = [(start, both)]
-        if self.sums:
-            size = min(self.image.size, self.base_size)
-            found = list(common_spans(found, differing_blocks(*self.sums, size)))
-        yield from found
-        if max(start, self.base_size) < end:
-            yield max(start, self.base_size), end
+        if self.image.maps and sum(last - first for first, last in found) > (both - start) // 4:
+            with suppress(Damaged, BackyError):
+                found = list(common_spans(found, self.differing_blocks()))
+        return [*found, *([(max(start, both), end)] if both < end else [])]
+
+    def differing_blocks(self) -> list[Span]:
+        """By the digests of both.  Raises Damaged where there are none to rely on."""
+        with self.exports.repository(self.image.found.job) as repository, ExitStack() as stack:
+            sums = []
+            for revision in (self.image.found.revision, self.base):
+                fd, one = repository.open_sums(revision)
+                stack.callback(close, fd)
+                sums.append(one)
+            return list(differing_blocks(*sums, min(self.image.size, self.base_size)))
 
     def runs(self, start: int, end: int) -> Runs:
         maps = self.image.maps
         if maps is None:
             return Runs(start, end, self.spans(start, end), NBD_STATE_DIRTY, 0)
-        key = f"{self.id} {state_of_inode(self.fd)}"
+        key = f"{self.base.id} {state_of_inode(self.fd)}"
         with maps.lock:
             if key not in maps.changed:
                 whole = self.spans(0, self.image.size)
@@ -12447,9 +12449,8 @@ class Exports:
 
     def compare(self, export: Export, base: Revision) -> Callable[[int, int], Runs]:
         """What answers how an open export differs from `base`, which is held from now on."""
-        with self.repository(export.found.job) as repository:
-            comparison = Comparison(repository, export.image, base)
-        export.stack.callback(comparison.stack.close)
+        comparison = Comparison(self, export.image, base)
+        export.stack.callback(comparison.close)
         return comparison.runs
 
     def refresh(self) -> None:
