@@ -8,7 +8,7 @@ A target that is missed is shown; it is no failure.
 
 Chapters:
 
-    Figures, Laboratory, Images, Contenders, Table, Steps, Promises, Ageing,
+    Figures, Laboratory, Images, Contenders, Table, Steps, Promises, Network, Ageing,
     Command line
 """
 
@@ -23,6 +23,8 @@ import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 KiB, MiB, GiB, TiB = (1024**power for power in (1, 2, 3, 4))
@@ -676,6 +678,240 @@ def resume(lab: Laboratory, table: Table) -> None:
     table.fact("the same: the next reads in all", figures.read, in_mib, figures=figures)
 
 
+# ==== Network ================================================================
+#
+# The NBD server beside two others that serve the same file.  A run is short, and all
+# servers take turns.  "Wall" is seconds for a copy, and for each read otherwise.
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs: where, and which process."""
+
+    uri: str
+    pid: int
+    place: str | int  # a Unix socket or a port
+
+    def cpu(self) -> float:
+        """Seconds that it has worked until now."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def connect(self) -> socket.socket:
+        """A client that has opened the export, by structured replies."""
+        if isinstance(self.place, int):
+            client = socket.create_connection(("127.0.0.1", self.place))
+        else:
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(self.place)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 20, 0))
+        client.recv(18, socket.MSG_WAITALL)
+        client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 8, 0))
+        client.recv(20, socket.MSG_WAITALL)
+        client.sendall(struct.pack(">8sIIIH", b"IHAVEOPT", 7, 6, 0, 0))
+        while True:
+            kind, length = struct.unpack(">12xII", client.recv(20, socket.MSG_WAITALL))
+            client.recv(length, socket.MSG_WAITALL)
+            if kind == 1:
+                return client
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def server(lab: Laboratory, name: str, job: Path, kind: str) -> Iterator[Served]:
+    """Let `name` serve the last revision of `job` over a unix socket, tcp or tls."""
+    where, port, image = (
+        str(lab.top / f"{name}.socket"),
+        free_port(),
+        os.path.realpath(job / "last"),
+    )
+    is_unix, pki = kind == "unix", lab.top / "pki"
+    words = {
+        "backy": ["backy", "-b", str(job), "nbd-server", "--max-clients", "64"]
+        + (["-U", where] if is_unix else ["-H", "127.0.0.1", "-p", str(port)])
+        + (["--tls-cert", f"{pki}/server-cert.pem", "--tls-key", f"{pki}/server-key.pem"]
+           if kind == "tls" else []),
+        "nbdkit": ["nbdkit", "-f", "-r", *(["-U", where] if is_unix else ["-p", str(port)])]
+        + ([f"--tls-certificates={pki}", "--tls=require"] if kind == "tls" else [])
+        + (["-i", "127.0.0.1"] if not is_unix else []) + ["file", image],
+        "qemu-nbd": ["qemu-nbd", "-r", "-t", "-e", "8", "-f", "raw"]
+        + (["-k", where] if is_unix else ["-b", "127.0.0.1", "-p", str(port)])
+        + (["--object", f"tls-creds-x509,id=t,endpoint=server,dir={pki},verify-peer=off",
+            "--tls-creds", "t"] if kind == "tls" else []) + [image],
+    }[name]  # fmt: skip
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    uris = {
+        "unix": f"nbd+unix:///?socket={where}",
+        "tcp": f"nbd://127.0.0.1:{port}/",
+        "tls": f"nbds://127.0.0.1:{port}/?tls-certificates={pki}&tls-verify-peer=false",
+    }
+    served = Served(uris[kind], process.pid, where if is_unix else port)
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with suppress(OSError), (
+                socket.socket(socket.AF_UNIX) if is_unix else socket.socket()
+            ) as probe:
+                probe.connect(where if is_unix else ("127.0.0.1", port))
+                break
+            time.sleep(0.05)
+        yield served
+    finally:
+        process.terminate()
+        process.wait()
+        with suppress(OSError):
+            os.unlink(where)
+
+
+Run = Tuple[float, float]  # seconds on the wall, and of the server's CPU
+
+
+def copy_all(lab: Laboratory, one: Served) -> Run:
+    started, before = time.monotonic(), one.cpu()
+    lab.sh(f"nbdcopy '{one.uri}' null:")
+    return time.monotonic() - started, one.cpu() - before
+
+
+def read_randomly(depth: int, pinned: bool = False, cold: bool = False) -> Callable:
+    """A function that reads 4 KiB here and there for two seconds."""
+
+    def measure(lab: Laboratory, one: Served) -> Run:
+        if cold:
+            lab.cool()
+        words = f"--name=x --ioengine=nbd '--uri={one.uri}' --rw=randread --bs=4k --size=100%"
+        words += f" --iodepth={depth} --runtime=2 --time_based --output-format=json"
+        cores = "0" if pinned else f"0-{(os.cpu_count() or 1) - 1}"
+        lab.sh(f"taskset -a -c -p {cores} {one.pid}")
+        before = one.cpu()
+        report = lab.sh(f"taskset -c {cores} fio {words}")
+        (job,) = json.loads(report[report.index("{") :])["jobs"]
+        count = max(1, job["read"]["total_ios"])
+        return 1 / (job["read"]["iops"] or 1), (one.cpu() - before) / count
+
+    return measure
+
+
+def microseconds(value: float) -> str:
+    return f"{value * 1e6:.1f} us"
+
+
+# step, image, kind; measure, form; at most so many times nbdkit and qemu-nbd: wall, then CPU
+NETWORK = (
+    ("copy", "full", "unix", copy_all, seconds, (1 / 1.1, 1 / 2), (0.5, 0.3)),
+    ("reads, depth 16", "full", "unix", read_randomly(16), microseconds, (1 / 1.5, 1 / 4), ()),
+    ("reads, depth 64", "full", "unix", read_randomly(64), microseconds, (1 / 1.4, 1 / 4), ()),
+    ("reads, depth 1, one core", "full", "unix", read_randomly(1, True), microseconds,
+     (1 / 1.3, 1 / 1.6), ()),
+    ("cold reads, depth 16", "full", "unix", read_randomly(16, cold=True), microseconds,
+     (1.0, 0), ()),
+    ("cold reads, depth 64", "full", "unix", read_randomly(64, cold=True), microseconds,
+     (1.0, 0), ()),
+    ("copy", "full", "tcp", copy_all, seconds, (1.0, 0), ()),
+    ("reads, depth 64", "full", "tcp", read_randomly(64), microseconds, (1 / 1.5, 0), ()),
+    ("copy of 16,000 extents", "holes", "unix", copy_all, seconds, (1 / 1.5, 1 / 1.5), ()),
+    ("copy", "full", "tls", copy_all, seconds, (0, 0), (1.15, 0)),
+)  # fmt: skip
+
+
+def nbd(lab: Laboratory, table: Table) -> None:
+    """What clients get, and what that costs the server."""
+    missing = [one for one in ("nbdcopy", "fio", "nbdkit", "qemu-nbd") if not shutil.which(one)]
+    if missing:
+        table.add("nbd", f"skipped: no {', '.join(missing)}")
+        return
+    size = min(GiB, place("SOURCE").stat().st_size)
+    jobs = {}
+    for name, step in (("full", 64 * KiB), ("holes", 128 * KiB)):
+        image = place("STORE") / f"nbd-{name}.img"
+        with open(image, "wb") as file:
+            file.truncate(size * step // (64 * KiB))
+            for offset in range(0, size * step // (64 * KiB), step):
+                os.pwrite(file.fileno(), os.urandom(64 * KiB), offset)
+        jobs[name] = place("STORE") / f"nbd-{name}"
+        lab.sh(f"backy -b {jobs[name]} init file {image} && backy -b {jobs[name]} backup daily")
+    make_certificates(lab)
+    for title, image, kind, measure, form, limits, cpu_limits in NETWORK:
+        found = network_runs(lab, jobs[image], kind, measure)
+        step = f"nbd, {kind}: {title}"
+        for at, peer in enumerate(("nbdkit", "qemu-nbd")):
+            ours, theirs = found["backy"], found[peer]
+            limit = round(limits[at], 2)
+            table.fact(step, ours[0], form, None, (peer, theirs[0]), limit)
+            if cpu_limits:
+                cpu = (f"{peer}", theirs[1])
+                table.fact(
+                    f"{step}: CPU of the server", ours[1], seconds, None, cpu, cpu_limits[at]
+                )
+    network_promises(lab, table, jobs["full"], jobs["holes"])
+    lab.sh("rm -r $STORE/nbd-*")
+
+
+def network_runs(lab: Laboratory, job: Path, kind: str, measure: Callable) -> dict[str, Run]:
+    """The medians of all three servers, in turn; a first round warms up."""
+    runs: dict[str, list[Run]] = {"backy": [], "nbdkit": [], "qemu-nbd": []}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(server(lab, name, job, kind)) for name in runs}
+        for number in range(2 * lab.runs + 1):
+            for name, one in servers.items():
+                run = measure(lab, one)
+                runs[name] += [run] if number else []
+        say(f"{kind}: {', '.join(f'{name} {found[-1]}' for name, found in runs.items())}")
+    return {name: tuple(map(median, zip(*found))) for name, found in runs.items()}
+
+
+def network_promises(lab: Laboratory, table: Table, full: Path, holes: Path) -> None:
+    """To connect; clients that never read; what has changed in 16,000 places."""
+    with server(lab, "backy", full, "unix") as one:
+        times = []
+        for _ in range(300):
+            started = time.monotonic()
+            with one.connect() as client:
+                client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 0, 0, 512))
+                client.recv(28 + 512, socket.MSG_WAITALL)
+                times.append(time.monotonic() - started)
+        table.fact("nbd, unix: connect, GO, read", median(times), microseconds, 0.0004)
+        clients = [one.connect() for _ in range(2)]
+        for client in clients:
+            for number in range(64):
+                client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, number, 0, 32 * MiB))
+        time.sleep(1)
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        for step, key in (("memory", "VmRSS"), ("peak memory, the start included", "VmHWM")):
+            size = int(status.split(f"{key}:")[1].split()[0]) * KiB
+            table.fact(f"nbd: clients that never read: {step}", size, in_mib, 32 * MiB)
+        for client in clients:
+            client.close()
+    source = place("STORE") / "nbd-holes.img"
+    with open(source, "r+b") as file:
+        for offset in range(0, source.stat().st_size, 128 * KiB):
+            os.pwrite(file.fileno(), os.urandom(PAGE), offset)
+    lab.sh(f"backy -b {holes} backup daily")
+    with server(lab, "backy", holes, "unix") as one:
+        words = f"nbdinfo --map=x-backy:changed-since=1 '{one.uri}'"
+        first, again = (lab.measure(words).wall for _ in range(2))
+        table.fact("nbd: changed since, 16,000 extents, first", first, seconds, 0.15)
+        table.fact("nbd: changed since, 16,000 extents, again", again, seconds)
+
+
+def make_certificates(lab: Laboratory) -> None:
+    """An authority, a server and a client, by the names that the others expect."""
+    pki = lab.top / "pki"
+    pki.mkdir()
+    new = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout"
+    lab.sh(f"cd {pki}; {new} ca-key.pem -x509 -out ca-cert.pem -days 2 -subj /CN=ca")
+    (pki / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        lab.sh(
+            f"cd {pki}; {new} {name}-key.pem -out {name}.csr -subj /CN={name} && "
+            f"openssl x509 -req -in {name}.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial "
+            f"-days 2 -extfile names -out {name}-cert.pem"
+        )
+
+
 # ==== Ageing =================================================================
 #
 # What many small changes do to an image that is cloned from day to day, and what
@@ -819,7 +1055,7 @@ def compare_ceph(lab: Laboratory, table: Table, step: str, image: object, kind: 
 
 # ==== Command line ===========================================================
 
-WITH_IMAGE = {one.__name__: one for one in (steps, memory, start, cache, two, resume)}
+WITH_IMAGE = {one.__name__: one for one in (steps, memory, start, cache, two, resume, nbd)}
 QUICK = ("steps", "memory", "start")
 PARTS = (*WITH_IMAGE, "dedup", "ceph", "days")
 
@@ -896,6 +1132,7 @@ def main() -> int:
         signal.signal(number, stop)
     if args.install:
         packages = ["qemu-utils", "borgbackup", "restic", "ceph-mon", "ceph-osd", "ceph-common"]
+        packages += ["nbdkit", "libnbd-bin", "fio"]
         subprocess.run(["apt-get", "install", "--yes", *packages], stdout=sys.stderr, check=True)
     newest = max((ROOT / name).stat().st_mtime for name in ("backy.py", "tools/build.py"))
     if not args.program.exists() or args.program.stat().st_mtime < newest:
