@@ -12231,6 +12231,7 @@ class Exports:
         self.path, self.is_base, self.mode = path.rstrip("/") or "/", is_base, mode
         self.lock = threading.RLock()  # for all that follows, and for every Repository
         self.repositories: dict[str, tuple[Repository, tuple[int, ...]]] = {}
+        self.listings: dict[str, tuple[tuple[int, ...], list[tuple[str, str]]]] = {}
         self.maps: dict[str, ImageMaps] = {}
         self.open_images: set[ExportedImage] = set()
         self.clones: dict[tuple[object, str, str], ExportedImage] = {}
@@ -12243,31 +12244,39 @@ class Exports:
         with self.lock:
             yield self.load(job)
 
-    def load(self, job: str) -> Repository:
-        """Read the directory again if it is not the one that was read, or has changed since."""
-        path = os.path.join(self.path, job) if job else self.path
-        repository, state = self.repositories.pop(job, (None, ()))
+    def path_of(self, job: str) -> str:
+        return os.path.join(self.path, job) if job else self.path
+
+    def state_of(self, job: str) -> tuple[tuple[int, ...], bool]:
+        """What changes with a job's directory; and whether a change would show by now."""
+        path = self.path_of(job)
         try:
             status = os.stat(path, follow_symlinks=False)
-            if job and not stat.S_ISDIR(status.st_mode):
-                raise NotFound(f"no job {printable(job)!r}")
-            now = (status.st_dev, status.st_ino, status.st_mtime_ns)
-            settled = time.time_ns() - status.st_mtime_ns > SETTLED
-            if repository is None or state[:2] != now[:2]:
-                if repository is not None:
-                    repository.close()
+        except OSError as e:
+            words = "no such directory" if e.errno == errno.ENOENT else e.strerror
+            raise NotFound(f"{printable(path)}: {words}") from e
+        if job and not stat.S_ISDIR(status.st_mode):
+            raise NotFound(f"no job {printable(job)!r}")
+        is_settled = time.time_ns() - status.st_mtime_ns > SETTLED
+        return (status.st_dev, status.st_ino, status.st_mtime_ns), is_settled
+
+    def load(self, job: str) -> Repository:
+        """Read the directory again if it is not the one that was read, or has changed since."""
+        repository, known = self.repositories.pop(job, (None, ()))
+        try:
+            state, is_settled = self.state_of(job)
+            if repository is not None and known[:2] != state[:2]:
+                repository.close()
                 repository = None
-                repository = Repository.open(path)
-            elif state != now:
+            if repository is None:
+                repository = Repository.open(self.path_of(job))
+            elif known != state:
                 repository.load()
-        except BaseException as e:
+        except BaseException:
             if repository is not None:
                 repository.close()
-            if isinstance(e, OSError):
-                words = "no such directory" if e.errno == errno.ENOENT else e.strerror
-                raise NotFound(f"{printable(path)}: {words}") from e
             raise
-        self.repositories[job] = (repository, now if settled else (*now[:2], -1))
+        self.repositories[job] = (repository, state if is_settled else (*state[:2], -1))
         while len(self.repositories) > MOST_REPOSITORIES:
             self.repositories.pop(next(iter(self.repositories)))[0].close()
         return repository
@@ -12288,14 +12297,26 @@ class Exports:
         """Name and description of all complete revisions, the newest of each job first."""
         for job in self.jobs():
             try:
-                with self.repository(job) as repository:
-                    revisions = [one for one in repository.complete if not one.problem]
-                    name = repository.name
+                lines = self.names_of(job)
             except BackyError as e:
                 log.debug("nbd: %s", e)
                 continue
-            for revision in reversed(revisions):
-                yield str(ExportName(job, revision)), describe_export(name, revision)
+            yield from lines
+
+    def names_of(self, job: str) -> list[tuple[str, str]]:
+        """They are kept, for there may be more jobs than can be loaded at a time."""
+        with self.lock:
+            known = self.listings.get(job)
+            if known and known[0] == self.state_of(job)[0]:
+                return known[1]
+            repository = self.load(job)
+            revisions = [one for one in reversed(repository.complete) if not one.problem]
+            lines = [
+                (str(ExportName(job, one)), describe_export(repository.name, one))
+                for one in revisions
+            ]
+            self.listings[job] = (self.repositories[job][1], lines)
+            return lines
 
     def find(self, name: str) -> ExportName:
         """What `name` stands for.  Raises NotFound."""
@@ -12797,9 +12818,15 @@ class NBDHandshake:
         self.forget_all()
 
     def list_exports(self, option: int, _: bytes) -> None:
+        names = self.exports.names()
         try:
-            for name, description in self.exports.names():
-                self.reply(option, NBD_REP_SERVER, counted(name.encode()) + description.encode())
+            while True:
+                started = time.monotonic()
+                one = next(names, None)
+                self.deadline += time.monotonic() - started  # it is not the client who is slow
+                if one is None:
+                    break
+                self.reply(option, NBD_REP_SERVER, counted(one[0].encode()) + one[1].encode())
         except BackyError as e:
             raise NBDRefused(NBD_REP_ERR_POLICY, str(e)) from e
         self.reply(option, NBD_REP_ACK)
@@ -12987,6 +13014,7 @@ class NBDTransmission:
         self.waiting = 0  # their bytes
         self.request_offset = 0
         self.probe = bytearray(1)
+        self.head_size = len(self.small_head(0, 0, 0))
         self.buffers: Buffers | None = None
         self.held, self.held_bad = (0, 0), []  # what of a checked image is in the buffer
         self.told: set[Span] = set()
@@ -13082,7 +13110,8 @@ class NBDTransmission:
             if used < 0:
                 return
             self.filled = end - used
-            self.room[: self.filled] = self.room[used:end]
+            if self.filled:
+                self.room[: self.filled] = self.room[used:end]
 
     def receive(self, is_last: bool) -> int:
         """Wait for more; the last time take only what is there already."""
@@ -13105,7 +13134,7 @@ class NBDTransmission:
         fd, base, size, pread = self.image.fd, self.export.offset, self.export.size, os.pread
         starts, flags_of = self.starts, self.flags
         most = 0 if self.image.damaged or self.image.checked else SMALL_READ
-        at, head_size = 0, len(head(0, 0, 0))
+        at, head_size = 0, self.head_size
         while end - at >= width:
             requests = self.room[at : at + (end - at) // width * width]
             if len(requests) > width:
@@ -13480,7 +13509,7 @@ class NBDSession:
             finally:
                 export = export or handshake.export
             self.serve(handshake, export)
-        except (NBDDropped, OSError, ValueError) as e:
+        except (NBDDropped, OSError) as e:
             why = printable(e)
             (log.info if export else log.debug)("nbd: %s: %s", self.peer, why or "goodbye")
         except MemoryError:
@@ -13556,6 +13585,12 @@ class NBDServer:
         self.news: Timer | None = None
 
     # -- listening ------------------------------------------------------------
+
+    @property
+    def hosts(self) -> list[str]:
+        """The addresses that are listened on by TCP."""
+        names = [listener.getsockname() for listener in self.listeners]
+        return [name[0] for name in names if isinstance(name, tuple)]
 
     def listen(self, listener: Any) -> None:
         listener.setblocking(False)
@@ -14722,6 +14757,8 @@ def open_listeners(server: NBDServer, args: argparse.Namespace) -> None:
     given = listen_fds()
     if given:
         server.take_over(SD_LISTEN_FDS_START, given)
+        for host in server.hosts:
+            refuse_openness(server, host, args.insecure)
         return
     if args.socket:
         server.listen_unix(args.socket)

@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -591,6 +592,19 @@ def test_names_of_many_jobs(base, nbd_server):
     odd = ("c", "a/b", "empty", "link/last", ".hidden", "../base/a", "a/../b", "/a", "status")
     for name in (*odd, "a//"):
         assert client.ask(nbd.GO, go_data(name)) == nbd.UNKNOWN
+
+
+def test_there_may_be_more_jobs_than_are_loaded_at_a_time(base, run, nbd_server, monkeypatch):
+    monkeypatch.setattr(backy, "MOST_REPOSITORIES", 1)
+    server = nbd_server(base, is_base=True)
+    for count in (2, 3, 4):
+        assert len(server.join().option(nbd.LIST)) == count + 1
+        assert len(server.exports.repositories) == 1
+        a, b = server.join(), server.join()
+        a.go("a")
+        b.go("b")
+        assert a.read(0, 5000) == noise(5000, ord("a"))
+        assert run("-b", base / "ab"[count % 2], "backup", "daily").status == 0
 
 
 def test_the_configuration_says_where_the_jobs_are(base, tmp_path):
@@ -1186,6 +1200,24 @@ def test_it_takes_sockets_that_it_is_started_with(store, tmp_path):
     finally:
         assert process.end() == 0
         listener.close()
+
+
+def test_sockets_that_it_is_started_with_are_not_open_to_all_either(store):
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        words = [sys.executable, str(PROGRAM), "-b", str(store), "nbd-server"]
+        script = (
+            f"import os; os.dup2({listener.fileno()}, 3); "
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
+            f"os.execv({words[0]!r}, {words!r})"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            pass_fds=[3, listener.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert (done.returncode, "is more than this host" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
