@@ -12565,6 +12565,7 @@ MOST_CONTEXTS = 32
 MOST_DESCRIPTORS = 64 * KiB  # in one answer; the client asks again for the rest
 MOST_WAITING = MiB
 MOST_PIECES = 1000  # IOV_MAX is 1024
+COLD_BATCHES = 8
 SMALL_READ = 32 * KiB  # up to here replies are gathered, beyond they go by sendfile()
 REQUEST_ROOM = 64 * KiB
 MSG_DONTWAIT, MSG_MORE = 0x40, 0x8000  # linux/socket.h
@@ -13014,6 +13015,7 @@ class NBDTransmission:
         self.waiting = 0  # their bytes
         self.request_offset = 0
         self.probe = bytearray(1)
+        self.cold = 0  # so many more times reads are expected not to be in the cache
         self.head_size = len(self.small_head(0, 0, 0))
         self.buffers: Buffers | None = None
         self.held, self.held_bad = (0, 0), []  # what of a checked image is in the buffer
@@ -13168,21 +13170,26 @@ class NBDTransmission:
         return at
 
     def look_ahead(self, requests: memoryview) -> None:
-        """If the first read is not in the cache, let the disk work on all of them at once."""
-        is_cold = False
+        """Let the disk work on all reads at once, unless what is wanted is in the cache.
+
+        The first read tells; once something was not there, that is believed for a while.
+        """
+        if not self.cold and not self.is_cold(self.form.unpack_from(requests)[4]):
+            return
+        self.cold = (self.cold or COLD_BATCHES) - 1
         for _, _, kind, _, offset, length in self.form.iter_unpack(requests):
-            if kind != NBD_CMD_READ or offset + length > self.export.size or not length:
+            if kind != NBD_CMD_READ or offset + length > self.export.size:
                 return
-            place = self.export.offset + offset
-            if not is_cold:
-                try:
-                    os.preadv(self.image.fd, [self.probe], place, os.RWF_NOWAIT)
-                    return
-                except BlockingIOError:
-                    is_cold = True
-                except OSError:  # no such call on this file system
-                    return
-            read_ahead(self.image.fd, place, min(length, MOST_REQUEST))
+            read_ahead(self.image.fd, self.export.offset + offset, min(length, MOST_REQUEST))
+
+    def is_cold(self, offset: int) -> bool:
+        try:
+            os.preadv(self.image.fd, [self.probe], self.export.offset + offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        except (OSError, OverflowError):  # no such call on this file system; no such offset
+            return False
+        return False
 
     def answer(self, request: tuple[int, int, int, int, int, int]) -> None:
         """Answer anything but a write, whose data follow it."""
