@@ -12224,6 +12224,14 @@ class Export:
         self.contexts: list[tuple[int, Callable[[int, int], Runs]]] = []
 
 
+def describe_export(job: str, revision: Revision) -> str:
+    """The line that goes with a name in the list."""
+    tags = ",".join(revision.tags) or "no tags"
+    size = format_size(revision.size or 0)
+    when, trust = format_time(revision.timestamp), revision.trust.value
+    return f"{job}, {when} UTC, {printable(tags)}, {size}, {trust}"
+
+
 class Exports:
     """The revisions of one job, or of all jobs below a directory, as they are at the moment."""
 
@@ -12529,14 +12537,6 @@ class Exports:
             self.release(clone)
         for repository, _ in self.repositories.values():
             repository.close()
-
-
-def describe_export(job: str, revision: Revision) -> str:
-    """The line that goes with a name in the list."""
-    tags = ",".join(revision.tags) or "no tags"
-    size = format_size(revision.size or 0)
-    when, trust = format_time(revision.timestamp), revision.trust.value
-    return f"{job}, {when} UTC, {printable(tags)}, {size}, {trust}"
 
 
 # ==== NBD ====================================================================
@@ -12982,6 +12982,10 @@ class NBDHandshake:
         self.reply(option, NBD_REP_ACK)
 
 
+def is_loopback(address: str) -> bool:
+    return re.match(r"(?:::ffff:)?127\.|::1\Z", address) is not None
+
+
 def may_sendfile(connection: Any, is_tls: bool) -> bool:
     """Whether bytes can go to the client uncopied, and whether that is any good.
 
@@ -12992,10 +12996,6 @@ def may_sendfile(connection: Any, is_tls: bool) -> bool:
     if is_tls or connection.family == socket.AF_UNIX:
         return not is_tls
     return not is_loopback(connection.getpeername()[0])
-
-
-def is_loopback(address: str) -> bool:
-    return re.match(r"(?:::ffff:)?127\.|::1\Z", address) is not None
 
 
 class NBDTransmission:
@@ -13020,7 +13020,7 @@ class NBDTransmission:
         self.buffers: Buffers | None = None
         self.held, self.held_bad = (0, 0), []  # what of a checked image is in the buffer
         self.told: set[Span] = set()
-        self.requests = self.bytes_read = 0
+        self.bytes_sent = 0
         # where small reads may simply be made: not in holes, of which a clone knows nothing
         self.starts: ListLike[int] = (0, 1 << 63)
         self.flags: ListLike[int] = b"\0"
@@ -13053,6 +13053,7 @@ class NBDTransmission:
         except BlockingIOError:
             raise NBDDropped(f"the client has read nothing for {NBD_STALLED} s") from None
         parts.clear()
+        self.bytes_sent += self.waiting
         self.waiting = 0
 
     def small_head(self, cookie: int, offset: int, length: int) -> bytes:
@@ -13449,6 +13450,7 @@ class NBDTransmission:
             if not sent:
                 break
             start += sent
+            self.bytes_sent += sent
         return start
 
     def read_simply(self, cookie: int, start: int, end: int) -> None:
@@ -13493,6 +13495,34 @@ class NBDTransmission:
                 kind = NBD_REPLY_TYPE_BLOCK_STATUS
                 body = struct.pack(f">I{len(flat)}I", number, *flat)
             self.queue(self.chunk(cookie, kind, len(body), at == len(answers)), body)
+
+
+def describe_listener(listener: Any) -> str:
+    """As a client would write it, where that can be."""
+    import socket
+
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"nbd+unix:///?socket={name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"nbd://{host}:{name[1]}"
+
+
+def prepare_connection(connection: Any, place: Any) -> tuple[str, int]:
+    """Set a new connection up; how to call its other end, and its process if that is known."""
+    import socket
+
+    connection.setblocking(True)
+    if connection.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        process, user, _ = struct.unpack("3i", peer)
+        return f"process {process} of user {user}", process
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return f"{place[0]}:{place[1]}", 0
 
 
 class NBDSession:
@@ -13546,7 +13576,8 @@ class NBDSession:
         try:
             transmission.run()
         finally:
-            log.info("nbd: %s: closed %s", self.peer, export.found)
+            sent = format_size(transmission.bytes_sent)
+            log.info("nbd: %s: closed %s: %s sent", self.peer, export.found, sent)
 
     def stop(self) -> None:
         """Let it come to its end: what has arrived is still answered."""
@@ -13663,10 +13694,15 @@ class NBDServer:
         self.make_room()
         try:
             session = NBDSession(self, connection, *prepare_connection(connection, place))
-            self.sessions.add(session)
+        except OSError:  # it is gone already
+            connection.close()
+            return
+        self.sessions.add(session)
+        try:
             threading.Thread(target=session.run, daemon=True).start()
-        except (OSError, RuntimeError) as e:  # it is gone already; no more threads
-            log.warning("nbd: cannot serve a client: %s", e)
+        except RuntimeError as e:  # no more threads
+            log.warning("nbd: %s: cannot be served: %s", session.peer, e)
+            self.sessions.discard(session)
             connection.close()
             return
         if self.news is None:
@@ -13729,34 +13765,6 @@ class NBDServer:
         while self.sessions and time.monotonic() < end:
             time.sleep(0.01)
         self.exports.close()
-
-
-def describe_listener(listener: Any) -> str:
-    """As a client would write it, where that can be."""
-    import socket
-
-    name = listener.getsockname()
-    if listener.family == socket.AF_UNIX:
-        return f"nbd+unix:///?socket={name}"
-    host = f"[{name[0]}]" if ":" in name[0] else name[0]
-    return f"nbd://{host}:{name[1]}"
-
-
-def prepare_connection(connection: Any, place: Any) -> tuple[str, int]:
-    """Set a new connection up; how to call its other end, and its process if that is known."""
-    import socket
-
-    connection.setblocking(True)
-    if connection.family == socket.AF_UNIX:
-        size = struct.calcsize("3i")
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        process, user, _ = struct.unpack("3i", peer)
-        return f"process {process} of user {user}", process
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return f"{place[0]}:{place[1]}", 0
 
 
 def make_tls(certificate: str, key: str | None, authority: str | None) -> Any:
