@@ -12119,8 +12119,12 @@ class ExportedImage:
             return Runs(start, end, data_extents(self.fd, start, end), 0, NBD_STATE_HOLE_ZERO)
         with self.maps.lock:
             if self.maps.data is None:
-                extents = data_extents(self.fd, 0, self.size)
-                self.maps.data = Runs(0, self.size, extents, 0, NBD_STATE_HOLE_ZERO)
+                runs = Runs(
+                    0, self.size, data_extents(self.fd, 0, self.size), 0, NBD_STATE_HOLE_ZERO
+                )
+                if os.fstat(self.fd).st_size != self.size:  # what is missing is no hole
+                    raise OSError(errno.EIO, "the image was cut short")
+                self.maps.data = runs
             return self.maps.data
 
     def partitions(self) -> dict[int, tuple[int, int]]:
@@ -12873,6 +12877,8 @@ class NBDHandshake:
             self.session.is_serving = False
             raise
         try:
+            with explain(f"cannot examine {found}"):
+                export.image.data(0, export.image.size)
             for number, (_, base) in enumerate(self.contexts_for(found), 1):
                 runs = export.image.data if base is None else self.exports.compare(export, base)
                 export.contexts.append((number, runs))
@@ -13018,6 +13024,7 @@ class NBDTransmission:
         self.cold = 0  # so many more times reads are expected not to be in the cache
         self.head_size = len(self.small_head(0, 0, 0))
         self.buffers: Buffers | None = None
+        self.used = 0  # bytes of the buffer that wait to be sent
         self.held, self.held_bad = (0, 0), []  # what of a checked image is in the buffer
         self.told: set[Span] = set()
         self.bytes_sent = 0
@@ -13038,14 +13045,13 @@ class NBDTransmission:
             self.flush()
 
     def flush(self, flags: int = 0) -> None:
+        self.used = 0
         parts = self.parts
         if not parts:
             return
         try:
             if self.is_tls:
-                large = parts.pop() if len(parts[-1]) > SMALL_READ else b""
-                self.connection.sendall(b"".join(parts))
-                self.connection.sendall(large)
+                self.flush_by_tls()
             else:
                 sent = self.connection.sendmsg(parts, (), flags)
                 if sent < self.waiting:
@@ -13055,6 +13061,18 @@ class NBDTransmission:
         parts.clear()
         self.bytes_sent += self.waiting
         self.waiting = 0
+
+    def flush_by_tls(self) -> None:
+        """Small parts joined, large ones by themselves and uncopied."""
+        small: list[Any] = []
+        for part in self.parts:
+            small.append(part)
+            if len(part) > SMALL_READ:
+                large = small.pop()
+                self.connection.sendall(b"".join(small))
+                self.connection.sendall(large)
+                small.clear()
+        self.connection.sendall(b"".join(small))
 
     def small_head(self, cookie: int, offset: int, length: int) -> bytes:
         """What stands before the bytes of a read that are at hand, and all of it."""
@@ -13375,18 +13393,24 @@ class NBDTransmission:
                     head = self.chunk(cookie, NBD_REPLY_TYPE_OFFSET_DATA, 8 + length, done)
                     data = view[position - start : first - start]
                     self.queue(head + struct.pack(">Q", offset), data)
-                    self.flush()
                 if first < last:
                     self.read_damage(cookie, first, last, is_last and last == end)
                 position = last
             start = stop
 
     def load(self, start: int, end: int) -> tuple[int, memoryview, list[Span]]:
-        """Read from `start` on as much as there is room for: where it ends, it, and what is bad."""
-        view = self.buffer().new
+        """Read from `start` on as much as there is room for: where it ends, it, and what is bad.
+
+        It stands behind what waits to be sent; if there is no room, that is sent first.
+        """
         if self.image.checked:
-            return self.load_checked(self.image.checked, view, start, end)
+            return self.load_checked(self.image.checked, start, end)
         stop = min(end, start + UNIT)
+        room = -(-(stop - start) // PAGE) * PAGE
+        if self.used + room > UNIT:
+            self.flush()
+        view = self.buffer().new[self.used :]
+        self.used += room
         try:
             whole = read_at(self.image.fd, view, start, stop - start) == stop - start
         except OSError as e:
@@ -13395,10 +13419,12 @@ class NBDTransmission:
         return stop, view, [] if whole else [(start, stop)]
 
     def load_checked(
-        self, checked: CheckedImage, view: memoryview, start: int, end: int
+        self, checked: CheckedImage, start: int, end: int
     ) -> tuple[int, memoryview, list[Span]]:
         """The same, held against the digests; what was read last is not read again."""
+        view = self.buffer().new
         if not self.held[0] <= start < self.held[1]:
+            self.flush()
             first = start - start % BLOCK
             last = min(first + UNIT, -(-end // BLOCK) * BLOCK, checked.size)
             checked.read(view, first, last - first)
@@ -13435,7 +13461,6 @@ class NBDTransmission:
                 if bad:
                     break
                 self.queue(view[: stop - start])
-                self.flush()
                 start = stop
             return start
         self.flush(MSG_MORE)
@@ -13462,7 +13487,6 @@ class NBDTransmission:
             _, view, bad = self.load(start, end)
             if not bad:
                 self.queue(head, view[: end - start])
-                self.flush()
                 return
         for one in bad:
             self.tell_damage(*one)
