@@ -1309,6 +1309,7 @@ def certificates(tmp_path_factory):
         command(
             *("openssl", "req", "-x509", *key, "-keyout", top / f"{name}-key.pem"),
             *("-out", top / f"{name}-cert.pem", "-days", 2, "-subj", f"/CN={name}"),
+            *("-addext", "keyUsage=critical,keyCertSign"),
         )
     for name, authority in (("server", "ca"), ("client", "ca"), ("foreign", "other")):
         request = top / f"{name}.csr"
@@ -1316,7 +1317,9 @@ def certificates(tmp_path_factory):
             *("openssl", "req", *key, "-keyout", top / f"{name}-key.pem"),
             *("-out", request, "-subj", f"/CN={name}"),
         )
-        (top / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        (top / "ext").write_text(
+            "subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
+        )
         command(
             *("openssl", "x509", "-req", "-in", request, "-CA", top / f"{authority}-cert.pem"),
             *("-CAkey", top / f"{authority}-key.pem", "-CAcreateserial", "-days", 2),
