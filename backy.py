@@ -12458,9 +12458,9 @@ class Exports:
                 close(fd)
             if name:
                 os.unlink(name, dir_fd=repository.dir_fd)
-            raise
-        finally:
             self.release(origin)
+            raise
+        clone.stack.callback(self.release, origin)  # it stays as long as its clone
         clone.kept, clone.is_writable = name, True
         clone.users += self.mode.shared  # the server itself
         self.clones[key] = clone

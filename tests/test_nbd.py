@@ -823,6 +823,17 @@ def test_clients_do_not_see_what_others_write(own_store, nbd_server):
     assert third.read(0, 3) == b"two"
 
 
+def test_a_revision_stays_as_long_as_its_clone(own_store, run, nbd_server):
+    server = nbd_server(own_store, writable=True)
+    client = server.join()
+    client.go("1")
+    assert run("-b", own_store, "forget", "-r", "1", "-f").status == 1
+    client.close()
+    wait_until(lambda: not server.sessions)
+    assert run("-b", own_store, "forget", "-r", "1", "-f").status == 0
+    assert not server.exports.open_images
+
+
 def test_a_shared_clone_lasts_as_long_as_the_server(own_store, nbd_server):
     server = nbd_server(own_store, writable=True, shared=True)
     for data in (images(own_store)[0][:3], b"one", b"two"):
