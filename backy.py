@@ -13122,30 +13122,29 @@ class NBDTransmission:
         is_last = False
         while not is_last:
             is_last = self.server.is_stopping
-            count = self.receive(is_last)
-            if not count:
+            if not self.receive(is_last):
                 return
-            end = self.filled + count
-            used = self.answer_all(end)
+            used = self.answer_all()
             self.flush()
             if used < 0:
                 return
-            self.filled = end - used
-            if self.filled:
-                self.room[: self.filled] = self.room[used:end]
+            rest = self.filled - used
+            if rest:
+                self.room[:rest] = self.room[used : self.filled]
+            self.filled = rest
 
-    def receive(self, is_last: bool) -> int:
-        """Wait for more; the last time take only what is there already."""
-        room = self.room[self.filled :]
-        if not is_last:
-            return self.connection.recv_into(room)
-        if self.is_tls:
-            return self.connection.recv_into(room) if self.connection.pending() else 0
-        with suppress(BlockingIOError):
-            return self.connection.recv_into(room, 0, MSG_DONTWAIT)
-        return 0
+    def receive(self, only_at_hand: bool) -> int:
+        """Wait for more, or take only what is there already; how many bytes."""
+        room, count = self.room[self.filled :], 0
+        if not only_at_hand or (self.is_tls and self.connection.pending()):
+            count = self.connection.recv_into(room)
+        elif not self.is_tls:
+            with suppress(BlockingIOError):
+                count = self.connection.recv_into(room, 0, MSG_DONTWAIT)
+        self.filled += count
+        return count
 
-    def answer_all(self, end: int) -> int:
+    def answer_all(self) -> int:
         """Answer the requests that are there in whole; how many bytes they had, -1 at a goodbye.
 
         Small reads of what is data, nearly all that there is to do, are done here; what
@@ -13155,11 +13154,12 @@ class NBDTransmission:
         fd, base, size, pread = self.image.fd, self.export.offset, self.export.size, os.pread
         starts, flags_of = self.starts, self.flags
         most = 0 if self.image.damaged or self.image.checked else SMALL_READ
-        at, head_size = 0, self.head_size
-        while end - at >= width:
-            requests = self.room[at : at + (end - at) // width * width]
-            if len(requests) > width:
+        at, head_size, seen = 0, self.head_size, 0
+        while self.filled - at >= width:
+            requests = self.room[at : at + (self.filled - at) // width * width]
+            if len(requests) > width and at >= seen:
                 self.look_ahead(requests)
+            seen = at + len(requests)
             for request in self.form.iter_unpack(requests):
                 at += width
                 magic, flags, kind, cookie, offset, length = request
@@ -13179,11 +13179,13 @@ class NBDTransmission:
                             self.waiting += length + head_size
                             if self.waiting > MOST_WAITING or len(parts) > MOST_PIECES:
                                 self.flush()
+                            elif self.cold:
+                                seen = self.look_out(seen)
                             continue
                 if kind == NBD_CMD_DISC:
                     return -1
                 if kind == NBD_CMD_WRITE or (self.extended and flags & NBD_CMD_FLAG_PAYLOAD_LEN):
-                    at = self.answer_payload(request, at, end)
+                    at = self.answer_payload(request, at, self.filled)
                     break
                 self.answer(request)
         return at
@@ -13200,6 +13202,20 @@ class NBDTransmission:
             if kind != NBD_CMD_READ or offset + length > self.export.size:
                 return
             read_ahead(self.image.fd, self.export.offset + offset, min(length, MOST_REQUEST))
+
+    def look_out(self, seen: int) -> int:
+        """Send what is ready, and let the disk begin with what is asked for meanwhile.
+
+        Requests in the room before `seen` have begun already; now how far.
+        """
+        self.flush()
+        if self.filled < len(self.room):
+            self.receive(True)
+        width = self.form.size
+        requests = self.room[seen : seen + max(0, self.filled - seen) // width * width]
+        if requests:
+            self.look_ahead(requests)
+        return seen + len(requests)
 
     def is_cold(self, offset: int) -> bool:
         try:
