@@ -78,6 +78,7 @@ def test_nbdcopy(store, served, tmp_path):
     assert (tmp_path / "copy").read_bytes() == images(store)[0]
 
 
+@pytest.mark.slow
 def test_nbdcopy_to_a_clone(store, tmp_path):
     need_tool("nbdcopy")
     before, new = images(store), write_image(tmp_path / "new", (5, noise(2 * MiB)), size=3 * MiB)
@@ -116,6 +117,7 @@ def test_qemu_img(store, served, tmp_path):
     assert {at for at in found if at < 3 * MiB + 12345} == changed_pages(*images(store))
 
 
+@pytest.mark.slow
 def test_qemu_io_on_a_clone(store, tmp_path):
     need_tool("qemu-io")
     with serving("-b", store, "nbd-server", "-U", tmp_path / "s", "--writable"):
@@ -230,6 +232,7 @@ def test_libnbd_on_every_way_through_the_handshake(served):
         command(SYSTEM_PYTHON, "-c", STRICT, address % "", 3 * MiB + 12345)
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_nbdfuse_and_a_mounted_partition(cow, run, tmp_path):
     need_root()
@@ -266,6 +269,7 @@ def test_nbdfuse_and_a_mounted_partition(cow, run, tmp_path):
             process.wait(20)
 
 
+@pytest.mark.slow
 def test_fio(served):
     need_tool("fio")
     for address in served:
@@ -276,6 +280,7 @@ def test_fio(served):
         assert (job["error"], job["read"]["total_ios"]) == (0, 768)
 
 
+@pytest.mark.slow
 def test_nbd_client_lists(served, store):
     need_tool("nbd-client")
     port = served[1].split(":")[2].split("/")[0]
@@ -284,6 +289,7 @@ def test_nbd_client_lists(served, store):
         assert one.id in done.stdout
 
 
+@pytest.mark.slow
 def test_clients_by_tls(store, certificates, tmp_path):  # noqa: F811
     need_tool("nbdcopy")
     pki = tmp_path / "pki"
