@@ -6951,6 +6951,7 @@ class Dedup:
             except OSError as e:
                 if e.errno != errno.EIO:
                     raise
+            done -= done % BLOCK  # a part of a block is shared, and looked at, once more
             if not done and length <= BLOCK:
                 self.look_at(image, offset, length, self.images[number][0])
                 self.look_at(origin, place, length, self.images[other][0])
