@@ -2867,13 +2867,15 @@ class Sums:
     def extents(self) -> Iterator[tuple[int, int]]:
         """The units of the image with blocks that are not zeros, or of which that is not known."""
         first, step = sums_header.size, DIGEST * UNIT // BLOCK
-        for start, end in data_extents(self.fd, 0, os.fstat(self.fd).st_size):
+        size = os.fstat(self.fd).st_size
+        for start, end in data_extents(self.fd, 0, size):
             first += max(0, start - first) // step * step
             while first < end:
-                try:
+                piece = b""
+                with suppress(OSError):
                     piece = os.pread(self.fd, 128 * step, first)
-                except OSError:
-                    piece = b"?" * 128 * step
+                # a page that cannot be read ends it early
+                piece = piece.ljust(min(128 * step, size - first), b"?")
                 for at in range(0, len(piece), step):
                     if not is_zero(memoryview(piece)[at : at + step]):
                         offset = (first + at - sums_header.size) // DIGEST * BLOCK

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -103,3 +104,24 @@ def test_only_blocks_of_zeros_have_a_digest_of_zeros():
         block = bytearray(BLOCK)
         block[at] = 1
         assert backy.block_digest(memoryview(block)) == hashlib.sha256(block).digest()
+
+
+def test_a_page_that_cannot_be_read_hides_no_units_behind_it(tmp_path, monkeypatch):
+    """The kernel gives what stands before such a page, and an error only for the page itself."""
+    fd = os.open(tmp_path / "sums", os.O_RDWR | os.O_CREAT)
+    sums = backy.Sums(fd, 300 * backy.MiB)
+    sums.prepare()
+    for unit in range(300):
+        sums.write(unit * backy.MiB, [b"a" * 32] * 16)
+    real, page = os.pread, 5 * 4096
+
+    def pread(fd, length, offset):
+        if offset <= page < offset + length:
+            if offset == page:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            length = page - offset
+        return real(fd, length, offset)
+
+    monkeypatch.setattr(backy.os, "pread", pread)
+    assert [start for start, _ in sums.extents()] == [unit * backy.MiB for unit in range(300)]
+    os.close(fd)
