@@ -5491,7 +5491,7 @@ def disputed_digests(
         new = os.pread(sums.fd, PAGE, start)
         for at in range(0, len(new), DIGEST):
             offset = (start + at - sums_header.size) // DIGEST * BLOCK
-            mine, theirs = new[at : at + DIGEST], old and old[at : at + DIGEST]
+            mine, theirs = new[at : at + DIGEST], (old and old[at : at + DIGEST]) or None
             if mine == theirs or (theirs is None and offset not in lost):
                 continue
             seen = {one.read(offset, 1)[0] for one in others if offset < one.size}

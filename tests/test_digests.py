@@ -125,3 +125,22 @@ def test_a_page_that_cannot_be_read_hides_no_units_behind_it(tmp_path, monkeypat
     monkeypatch.setattr(backy.os, "pread", pread)
     assert [start for start, _ in sums.extents()] == [unit * backy.MiB for unit in range(300)]
     os.close(fd)
+
+
+def test_a_page_of_digests_that_cannot_be_read_puts_none_in_doubt(tmp_path, monkeypatch):
+    """The image says what they were; the two before a page's end are read with the page."""
+    image = noise(200 * BLOCK, 1)
+    (new_fd, new), (old_fd, _) = (make(tmp_path / name, image) for name in ("new", "old"))
+    real = os.pread
+
+    def pread(fd, length, offset):
+        if fd == old_fd and offset + length > 4096:
+            if offset >= 4096:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            length = 4096 - offset
+        return real(fd, length, offset)
+
+    monkeypatch.setattr(backy.os, "pread", pread)
+    assert backy.disputed_digests(old_fd, new, set(), []) == {}
+    os.close(old_fd)
+    os.close(new_fd)
