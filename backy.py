@@ -8995,7 +8995,7 @@ MAX_SHELL_QUEUE = 32  # lines that wait to be answered; then no more are read
 MAX_SHELL_OUTPUT = 256 * KiB  # what may wait for a client; one that lets more wait is dropped
 SHELL_WATERMARK = 64 * KiB  # no table is continued while more than this waits
 SHELL_SLICE = 0.01  # seconds of work in one turn of the loop
-SHELL_PATTERN_TIME = 0.05  # seconds for one pattern on all names
+SHELL_PATTERN_TIME = 0.05  # seconds of CPU for one pattern on all names
 SHELL_IDLE = 300.0  # seconds since the last line
 SHELL_SILENT = 60.0  # seconds for the first line
 SHELL_SETTLED = 10.0  # a silent session this old makes way for a new one
@@ -9017,14 +9017,17 @@ class TimeUp(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeUp inside when it takes longer; also inside a pattern that never ends.
+    """Raise TimeUp inside when it takes more CPU time; also inside a pattern that never ends.
 
     Only in the main thread.  Nested one in the other, the inner one wins.
     """
-    armed = True
+    armed, end = True, time.thread_time() + seconds
 
     def expire(*_: object) -> None:
-        if armed:
+        left = end - time.thread_time()
+        if armed and left > 0:  # others had the processor
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+        elif armed:
             raise TimeUp
 
     before = signal.signal(signal.SIGALRM, expire)
@@ -9325,7 +9328,7 @@ class ShellCommands:
         left = SHELL_PATTERN_TIME
         expression: re.Pattern[str] | None = None
         for at in range(0, max(len(rows), 1), SHELL_BATCH):
-            started = time.monotonic()
+            started = time.thread_time()
             try:
                 with time_limit(left):
                     expression = expression or compile_pattern(pattern)
@@ -9335,7 +9338,7 @@ class ShellCommands:
                 raise BackyError(
                     f"{printable(pattern)!r} takes longer than {SHELL_PATTERN_TIME * 1000:.0f} ms"
                 ) from None
-            left -= time.monotonic() - started
+            left -= time.thread_time() - started
             yield ""
         return found
 
