@@ -10265,6 +10265,7 @@ class JobRun:
     def __init__(self, job: TimedJob, directory: str, max_runtime: timedelta) -> None:
         self.job, self.directory, self.max_runtime = job, directory, max_runtime
         self.newest = ""  # revision before it
+        self.taken_over: datetime | None = None  # it began then, and what was before is not known
         self.child: Child | None = None
         self.step = "backup"
         self.log_fd, self.log_start = -1, 0
@@ -10815,7 +10816,7 @@ class Scheduler(ShellHost):
             self.adopt(self.enter(job, limit), step, pid, since, settings is None)
 
     def adopt(self, run: JobRun, step: str, pid: int, since: datetime, is_removed: bool) -> None:
-        run.step = step
+        run.step, run.taken_over = step, since
         run.child = Child(self.loop, pid, None, lambda status: self.ended(run, status))
 
         def limit() -> None:
@@ -10835,13 +10836,17 @@ class Scheduler(ShellHost):
                 history, run.max_runtime = result
             limit()
             self.note_history(run.name, history)
-            made = [one for one in self.past(run.name) if one.moment >= since]
-            run.newest = "" if made else self.histories[run.name].newest  # it may be through
+            run.taken_over = None
+            is_through = self.has_made(run.name, since)
+            run.newest = "" if is_through else self.histories[run.name].newest
             self.timetable.learn(run.name, self.past(run.name), datetime.now(UTC))
             self.has_read(run.name)
 
         limit()
         self.examine(run, work, read)
+
+    def has_made(self, name: str, since: datetime) -> bool:
+        return any(one.moment >= since for one in self.past(name))
 
     def ended(self, run: JobRun, status: int | None) -> None:
         """A child has ended; what it has left is looked at."""
@@ -10870,10 +10875,13 @@ class Scheduler(ShellHost):
         before = run.newest
         self.note_history(run.name, history)
         run.newest = history.newest or before
+        is_new = run.newest != before
+        if run.taken_over:  # and ended sooner than its past was read
+            is_new = self.has_made(run.name, run.taken_over)
         error = "" if status in (0, None) else describe_end(status, said, run.name)
         if run.step == "expire":
             self.expired(run, error)
-        elif not error and run.newest != before:
+        elif not error and is_new:
             self.succeeded(run)
         elif holder or (self.stopping and not run.verdict):
             self.finish(run, "")

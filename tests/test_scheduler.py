@@ -819,6 +819,41 @@ def test_an_expiry_that_a_killed_scheduler_has_left_is_no_failure(daemon):
     assert daemon.stop() == 0
 
 
+def test_a_child_that_is_taken_over_and_ends_before_its_past_is_read_has_not_made_it(daemon):
+    daemon.add("vm1")
+    (daemon.base / "vm1").mkdir()
+    for words in (["init", "file", daemon.jobs["vm1"]], ["backup", "manual:x"]):
+        subprocess.run([sys.executable, COMPILED, "-b", daemon.base / "vm1", *words], check=True)
+    job = str(daemon.base / "vm1")
+    child = subprocess.Popen(
+        ["sh", "-c", "sleep 100; exit", "-b", job, "backup", "daily"],
+        env={"BACKY_BASE": backy.identity_of(daemon.base), "BACKY_JOB": job, "PATH": "/bin"},
+        start_new_session=True,
+    )
+    try:
+        time.sleep(1)  # so that the revision is older
+        daemon.start(more=SLOW_ONCE)
+        daemon.wait_for(f"vm1: pid {child.pid} goes on from an earlier scheduler")
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    daemon.wait_for("vm1: (it has ended without a new revision|finished backup)")
+    row = daemon.row("vm1", status="failed")
+    assert (row["failures"], row["last_error"]) == (1, "it has ended without a new revision")
+    assert daemon.stop() == 0
+
+
+SLOW_ONCE = """
+import time
+read, seen = backy.read_history, []
+def slow_once(directory):
+    seen.append(directory)
+    time.sleep(3 if len(seen) < 3 else 0)
+    return read(directory)
+backy.read_history = slow_once
+"""
+
+
 # -- disks that are slow or dead --------------------------------------------------------
 
 SLOW_READING = """
