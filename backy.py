@@ -6567,7 +6567,7 @@ class Verifier:
             result = Result(revision, text, is_damaged=damaged, is_unknown=not damaged)
             self.results.append(result)
             if revision.digest:
-                self.mark(revision, trust=unverified(revision), sums_damaged=True)
+                self.mark(revision, sums_damaged=True)
             return None
         old = revision.sample
         follows = old and old.of == self.scope.parts and (old.last + 1) % old.of == number
@@ -6618,12 +6618,15 @@ class Verifier:
             with self.repository.metadata_lock(revision.id):
                 now = self.repository.current(revision)
                 known = replace(revision, trust=now.trust, damaged=now.damaged, by_hand=now.by_hand)
-                if values.get("trust") is not Trust.DISTRUSTED and known != revision:
+                is_bad = values.get("trust") is Trust.DISTRUSTED or "sums_damaged" in values
+                if not is_bad and known != revision:
                     log.warning("%s: %s was marked meanwhile", self.repository.name, revision.id)
                     return now
                 if values.get("trust") is Trust.DISTRUSTED:
                     values["damaged"] = join_ranges([*values.get("damaged", ()), *now.damaged])
                     values["heal_tried"] = 0
+                if "sums_damaged" in values:
+                    values["trust"] = unverified(now)
                 return self.repository.change(revision, **values)
         except BackyError as e:
             log.warning("%s (the result is not recorded)", e)

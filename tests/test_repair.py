@@ -177,6 +177,21 @@ def test_a_distrust_made_while_digests_are_made_anew_is_kept_and_so_is_damage(
     assert not now.sums_damaged
 
 
+def test_damaged_digests_are_made_anew_whatever_else_was_marked_meanwhile(
+    xfs, tmp_path, run, meanwhile
+):
+    image = write_image(tmp_path / "image", (0, noise(3 * MiB, 1)))
+    job = xfs / "job"
+    _, two = two_revisions(job, image, run)
+    kept = (job / f"{two.id}.sums").rename(xfs / "kept")
+    happened = meanwhile(1, lambda: mark(job, two.id, trust=backy.Trust.TRUSTED))
+    result = run("-b", job, "verify", "--all")
+    assert happened
+    assert "its digests were damaged; they are made anew" in result.out
+    assert (job / f"{two.id}.sums").read_bytes() == kept.read_bytes()
+    assert not revisions(job)[1].sums_damaged
+
+
 def test_another_disk_with_the_same_number_is_not_gone_on_with(xfs, tmp_path, run, block_device):
     """A loop device that was attached anew to something else: same number, size and counters."""
     need(os.path.exists("/sys/block/loop0/diskseq"), "this kernel has no diskseq")
