@@ -9895,8 +9895,21 @@ class Task:
         patience: float,
     ) -> None:
         self.work, self.done, self.hung, self.patience = work, done, hung, patience
-        self.began = 0.0
-        self.is_late = False
+        self.began = self.looked_at = self.used = 0.0
+        self.clock = -1  # of the CPU time of its thread
+        self.waits = self.is_late = False
+
+    def begin(self) -> None:
+        """In the thread that does it."""
+        self.began = self.looked_at = time.monotonic()
+        self.clock = time.pthread_getcpuclockid(threading.get_ident())
+        self.used = time.clock_gettime(self.clock)
+
+    def look_at(self, now: float) -> None:
+        """See whether it has waited since the last look; only as long as its thread is there."""
+        used = time.clock_gettime(self.clock)
+        self.waits = used - self.used < (now - self.looked_at) / 50
+        self.looked_at, self.used = now, used
 
     def result(self) -> Any:
         try:
@@ -9912,13 +9925,15 @@ class Clerk:
     """A thread that does what may have to wait for a disk, the most urgent first.
 
     Each piece of work is a function; what it returns is given to another one in the
-    loop.  While one takes long, a new thread goes on with the rest; when it does not
-    return at all, a disk is dead, and that is told to a third function.
+    loop.  While one waits for long, a new thread goes on with the rest; while one
+    computes, only with what is more urgent, for the loop needs the interpreter too.
+    When one does not return at all, a disk is dead: that is told to a third function.
     """
 
     SHORT = 0.05  # seconds that all others may have to wait for one
     PATIENCE = 60.0  # seconds until one is taken for hung
     MOST = 100  # pieces of work at once
+    MOST_COMPUTING = 2  # of them that do not wait for a disk
     AT_ONCE = 100  # results that are taken in one turn of the loop
 
     def __init__(self, loop: Loop) -> None:
@@ -9931,6 +9946,7 @@ class Clerk:
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         loop.watch(self.read_fd, READABLE, lambda _: self.deliver())
         self.task: Task | None = None  # what the thread is at
+        self.urgency = 0  # of that
         self.thread: threading.Thread | None = None
         with self.condition:
             self.engage()
@@ -9969,8 +9985,9 @@ class Clerk:
                     self.condition.wait()
                 if self.thread is not me:
                     return
-                task = self.task = heapq.heappop(self.tasks)[2]
-                task.began = time.monotonic()
+                self.urgency, _, task = heapq.heappop(self.tasks)
+                self.task = task
+                task.begin()
                 self.busy.add(task)
             result = task.result()
             with self.condition:
@@ -10011,7 +10028,17 @@ class Clerk:
         now = time.monotonic()
         with self.condition:
             task = self.task
-            if self.is_held_up and now - task.began > self.SHORT and len(self.busy) < self.MOST:
+            for one in self.busy:
+                if now - one.looked_at > self.SHORT:
+                    one.look_at(now)
+            computing = sum(not one.waits for one in self.busy)
+            is_urgent = self.is_held_up and self.tasks[0][0] < self.urgency
+            if (
+                self.is_held_up
+                and now - task.began > self.SHORT
+                and (task.waits or (is_urgent and computing < self.MOST_COMPUTING))
+                and len(self.busy) < self.MOST
+            ):
                 with suppress(RuntimeError):  # then the others have to wait
                     self.engage()
             late = [

@@ -963,6 +963,29 @@ def no_thread() -> None:
     raise RuntimeError("can't start new thread")
 
 
+def test_what_computes_gets_no_crowd_of_threads():
+    """Each of them wants the interpreter, without which the loop can do nothing."""
+    loop, results, most = backy.Loop(), [], 0
+    clerk = backy.Clerk(loop)
+
+    def compute() -> int:
+        end = time.thread_time() + 0.2
+        while time.thread_time() < end:
+            sum(range(100))
+        return 1
+
+    for _ in range(15):
+        clerk.submit(2, compute, results.append)
+    deadline = time.monotonic() + 120
+    while len(results) < 15 and time.monotonic() < deadline:
+        loop.turn(0.02)
+        clerk.check()
+        most = max(most, len(clerk.busy))
+    assert len(results) == 15
+    assert most <= 4  # two, and what a busy host lets look like waiting
+    loop.close()
+
+
 def test_what_a_disk_holds_up_does_not_hold_up_the_rest(monkeypatch):
     monkeypatch.setattr(backy.Clerk, "PATIENCE", 0.1)
     loop = backy.Loop()
