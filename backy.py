@@ -6781,7 +6781,7 @@ found_match = struct.Struct(">IQIQ")  # image, offset; and the other image, offs
 class Dedup:
     """One run over all images of some jobs; memory does not grow with them."""
 
-    FILES = 64  # open at a time
+    FILES = 200  # images open at a time, with their digests; others wait to be opened again
     REGION = 4 * GiB
 
     def __init__(self, repositories: list[Repository], dry_run: bool) -> None:
@@ -6796,6 +6796,7 @@ class Dedup:
         self.blocks = self.shared = self.damaged = 0
         self.found = self.looked_at = 0  # bytes of equal blocks, and how far we are with them
         self.moved: set[int] = set()  # the images that may lie on other extents now
+        self.refused: set[int] = set()  # the images that could not be opened
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -6982,6 +6983,8 @@ class Dedup:
 
     def open(self, number: int) -> CheckedImage | None:
         """The image of that number, open as long as there is room."""
+        if number in self.refused:
+            return None
         if number in self.opened:
             self.opened[number] = self.opened.pop(number)  # now the last to be closed
             return self.opened[number][0]
@@ -6992,6 +6995,8 @@ class Dedup:
         try:
             image = CheckedImage(repository, revision, stack)
         except BackyError as e:
+            stack.close()
+            self.refused.add(number)
             log.warning("%s", e)
             return None
         self.opened[number] = image, stack

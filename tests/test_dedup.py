@@ -218,11 +218,13 @@ def test_all_revisions_come_along_so_that_space_is_free(histories, run):
     assert "0 Bytes are now shared" in run("-b", histories[0][0], "dedup", histories[1][0]).out
 
 
-def test_an_image_that_was_written_anew_gets_its_space_back_and_stays_in_one_piece(histories, run):
+def test_an_image_that_was_written_anew_gets_its_space_back_and_stays_in_one_piece(
+    histories, run, monkeypatch
+):
     job, contents = histories[0]
-    (job / "config").write_text((job / "config").read_text().replace("}", ", rewrite-above: 1}"))
+    monkeypatch.setattr(backy.Backup, "is_scattered", lambda *words: True)
     result = run("-b", job, "backup", "x")
-    assert "the image is written anew" in result.err
+    assert result.status == 0, result
     newest = revisions(job)[-1].id
     places = physical(job / newest)
     old = set().union(*(physical(job / one.id) for one in revisions(job)[:-1]))
