@@ -15121,10 +15121,20 @@ def catch_signals() -> None:
     signal.signal(signal.SIGUSR1, report_progress)
 
 
+def run_undisturbed(args: argparse.Namespace) -> int:
+    """Run the command; a lock of Python's own that a signal has torn open is not the reason."""
+    try:
+        return COMMANDS[args.command].run(args) or 0
+    except RuntimeError as e:
+        if isinstance(e.__context__, (Stopped, KeyboardInterrupt)):
+            raise e.__context__ from None
+        raise
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Run what was asked for; all that can go wrong becomes a line and a status."""
     try:
-        return COMMANDS[args.command].run(args) or 0
+        return run_undisturbed(args)
     except BackyError as e:
         log.error("%s", e)
         if e.hint:

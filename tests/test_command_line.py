@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import (
@@ -684,11 +685,25 @@ def test_a_signal_ends_a_restore_with_its_status(plain_job, source, run, number)
         process.stdout.read(1)  # the pipe is full soon, and it waits
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, err
     assert err.splitlines()[-1] in (
         b"backy: interrupted",
         f"backy: ended by {signal.Signals(number).name}".encode(),
     )
+
+
+def test_a_lock_that_a_signal_tears_open_does_not_hide_the_signal(plain_job, run, monkeypatch):
+    """Python's locks are not safe against exceptions of signal handlers, so this may happen."""
+
+    def stop(*_: object) -> None:
+        condition = threading.Condition()
+        with condition:
+            condition.release()  # as if the signal came just before it was taken again
+            raise backy.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(backy.Repository, "open", stop)
+    result = run("-b", plain_job, "status")
+    assert (result.status, result.err) == (128 + signal.SIGTERM, "backy: ended by SIGTERM\n")
 
 
 def test_sighup_that_was_ignored_stays_ignored(plain_job, run):
