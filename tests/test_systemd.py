@@ -161,6 +161,11 @@ done
 cmp /srv/backy/vm1/last /srv/vm1.img && echo "the image is there"
 filefrag -v /srv/backy/vm1/last | grep -q shared && echo "extents are shared"
 systemctl reload backy.service && echo "reloaded"
+number=0
+until systemctl show -p StatusText backy.service | grep ", next vm1" || [ $number -ge 200 ]; do
+    number=$((number + 1))
+    sleep 0.1
+done
 echo nonsense >> /etc/backy.conf
 systemctl reload backy.service
 sleep 1.5
