@@ -1609,11 +1609,6 @@ class Past:
     duration: float  # seconds
 
 
-def spread_of(job: str, schedule: Schedule) -> int:
-    """The second within the longest interval at which this job runs: the same on all hosts."""
-    return spread_within(schedule.longest // timedelta(seconds=1), job)
-
-
 @lru_cache(maxsize=1 << 16)
 def spread_within(seconds: int, job: str) -> int:
     import random
@@ -1623,6 +1618,11 @@ def spread_within(seconds: int, job: str) -> int:
         options["usedforsecurity"] = False
     digest = hashlib.md5(job.encode("utf-8", "surrogatepass"), **options)  # noqa: S324
     return random.Random(int(digest.hexdigest(), 16)).randint(0, seconds)
+
+
+def spread_of(job: str, schedule: Schedule) -> int:
+    """The second within the longest interval at which this job runs: the same on all hosts."""
+    return spread_within(schedule.longest // timedelta(seconds=1), job)
 
 
 def next_slot(every: timedelta, spread: int, now: datetime) -> datetime:
@@ -3726,7 +3726,7 @@ class PipedChanges(Changes):
             end = min(self.end, offset + length)
             part = view[self.start - offset : end - offset]
             if self.is_zero:
-                part[:] = ZEROS[: len(part)]
+                part[:] = HOLE[: len(part)]
             else:
                 self.take(part)
             covered.append((self.start - offset, end - offset))
@@ -6751,6 +6751,15 @@ def read_anew(fd: int, offset: int, length: int) -> None:
     read_ahead(fd, offset, length)
 
 
+def places_by_block(found: list[tuple[int, int, int]]) -> dict[int, list[tuple[int, int, int]]]:
+    blocks: dict[int, list[tuple[int, int, int]]] = {}
+    for logical, physical, length in found:
+        for at in block_offsets([(logical, length)]):
+            start, end = max(at, logical), min(at + BLOCK, logical + length)
+            blocks.setdefault(at, []).append((start, physical + start - logical, end - start))
+    return blocks
+
+
 def same_blocks(
     blocks: Iterable[int],
     one: list[tuple[int, int, int]] | None,
@@ -6763,15 +6772,6 @@ def same_blocks(
         return set(blocks)
     ours, theirs = places_by_block(one), places_by_block(other)
     return {at for at in blocks if ours.get(at) == theirs.get(at)}
-
-
-def places_by_block(found: list[tuple[int, int, int]]) -> dict[int, list[tuple[int, int, int]]]:
-    blocks: dict[int, list[tuple[int, int, int]]] = {}
-    for logical, physical, length in found:
-        for at in block_offsets([(logical, length)]):
-            start, end = max(at, logical), min(at + BLOCK, logical + length)
-            blocks.setdefault(at, []).append((start, physical + start - logical, end - start))
-    return blocks
 
 
 found_block = struct.Struct(">32sIQ")  # digest, number of the image, offset
@@ -14856,6 +14856,22 @@ def nbd_tls(args: argparse.Namespace) -> Any:
     return None
 
 
+def refuse_openness(server: NBDServer, host: str, insecure: bool) -> None:
+    """Raise BackyError for an address from which others could read all, unless that is wanted."""
+    import socket
+
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    if all(is_loopback(place[0]) for *_, place in found):
+        return
+    if server.tls is None and not insecure:
+        raise BackyError(
+            f"{printable(host)} is more than this host: whoever reaches it could read everything",
+            "use --tls-cert and --tls-ca, or --insecure",
+        )
+    if server.tls is None or not server.tls.verify_mode:
+        log.warning("nbd: whoever reaches %s can read everything", printable(host))
+
+
 def open_listeners(server: NBDServer, args: argparse.Namespace) -> None:
     """Listen where it was asked for.  Raises BackyError."""
     given = listen_fds()
@@ -14881,22 +14897,6 @@ def open_listeners(server: NBDServer, args: argparse.Namespace) -> None:
         raise BackyError("; ".join(failures))
     for failure in failures:
         log.warning("nbd: %s", failure)
-
-
-def refuse_openness(server: NBDServer, host: str, insecure: bool) -> None:
-    """Raise BackyError for an address from which others could read all, unless that is wanted."""
-    import socket
-
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    if all(is_loopback(place[0]) for *_, place in found):
-        return
-    if server.tls is None and not insecure:
-        raise BackyError(
-            f"{printable(host)} is more than this host: whoever reaches it could read everything",
-            "use --tls-cert and --tls-ca, or --insecure",
-        )
-    if server.tls is None or not server.tls.verify_mode:
-        log.warning("nbd: whoever reaches %s can read everything", printable(host))
 
 
 @command(
