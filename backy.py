@@ -2140,6 +2140,28 @@ def replace_link(dir_fd: int, name: str, target: str) -> None:
         raise
 
 
+@contextmanager
+def replacement(dir_fd: int, name: str) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A new file, and what lets it take the name `name`, for good; without that it is gone.
+
+    The caller brings the file to the medium first.  After a crash there is the old
+    file or the new one.
+    """
+    temporary = temporary_name()
+    fd = open_regular(dir_fd, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def take_name() -> None:
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        sync(dir_fd)
+
+    try:
+        yield fd, take_name
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
+        close(fd)
+
+
 def take_lock(fd: int, exclusive: bool = True, wait: bool = False) -> bool:
     """flock `fd`; False when somebody else holds it and we do not wait.
 
@@ -5390,15 +5412,11 @@ def heal_clone(
     image: CheckedImage,
     donors: Donors,
     offsets: list[int],
-    stack: ExitStack,
 ) -> set[int]:
     """Build the new image and let it take the name of the old; the offsets of the blocks healed."""
-    name, dir_fd = temporary_name(), repository.dir_fd
     if not any(can_heal(image, donors, offset) for offset in offsets):
         return set()
-    fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    stack.callback(close, fd)
-    try:
+    with replacement(repository.dir_fd, image.revision.id) as (fd, take_name):
         is_clone = copy_image(repository, image, fd)
         healed = set()
         for offset in offsets:
@@ -5411,13 +5429,8 @@ def heal_clone(
             sync(fd)
             drop_cache(fd)
             read_back(repository, image, fd, sorted(healed) if is_clone else None)
-            target = image.revision.id
-            os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-            sync(dir_fd)
+            take_name()
         return healed
-    finally:
-        with suppress(OSError):
-            os.unlink(name, dir_fd=dir_fd)
 
 
 def heal(repository: Repository, revision: Revision, again: bool) -> bool:
@@ -5434,7 +5447,7 @@ def heal(repository: Repository, revision: Revision, again: bool) -> bool:
         if image.sums is None or not donors.limit_to_newer(asked):
             return False
         with explain(f"{repository.name}: cannot heal {revision.id}"):
-            healed = heal_clone(repository, image, donors, offsets, stack)
+            healed = heal_clone(repository, image, donors, offsets)
     with repository.metadata_lock(revision.id):
         now = repository.current(revision)
         left = [at for at in block_offsets(now.damaged) if at not in healed]
@@ -5536,34 +5549,28 @@ def rebuild_sums(repository: Repository, revision: Revision) -> tuple[tuple[int,
     """
     with ExitStack() as stack, explain(f"{repository.name}: cannot make {revision.id}.sums anew"):
         image = CheckedImage(repository, revision, stack)
-        name, target, dir_fd = temporary_name(), f"{revision.id}.sums", repository.dir_fd
+        target, dir_fd = f"{revision.id}.sums", repository.dir_fd
         if file_type(dir_fd, target) not in (0, stat.S_IFREG):
             return None  # not ours, to be left alone
-        fd = open_regular(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        stack.callback(close, fd)
-        try:
-            sums, lost = make_sums(repository, image, fd)
-            wrong: list[int] | None = []
-            if sums.digest() != revision.digest:
-                wrong = None
-                with suppress(FileNotFoundError):
-                    old_fd = open_regular(dir_fd, target)
-                    stack.callback(close, old_fd)
-                    others = sound_sums(repository, revision, stack)
-                    disputed = disputed_digests(old_fd, sums, lost, others)
-                    wrong = settle_disputes(sums, revision.digest, disputed)
-            if wrong is None:
-                return None
-            os.fchmod(fd, 0o440)
-            sync(fd)
-            if sums.digest() != revision.digest:
-                raise OSError(errno.EIO, "what was read back is not what was written")
-            os.rename(name, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-            sync(dir_fd)
-            return join_ranges((at, min(BLOCK, image.size - at)) for at in wrong)
-        finally:
-            with suppress(OSError):
-                os.unlink(name, dir_fd=dir_fd)
+        fd, take_name = stack.enter_context(replacement(dir_fd, target))
+        sums, lost = make_sums(repository, image, fd)
+        wrong: list[int] | None = []
+        if sums.digest() != revision.digest:
+            wrong = None
+            with suppress(FileNotFoundError):
+                old_fd = open_regular(dir_fd, target)
+                stack.callback(close, old_fd)
+                others = sound_sums(repository, revision, stack)
+                disputed = disputed_digests(old_fd, sums, lost, others)
+                wrong = settle_disputes(sums, revision.digest, disputed)
+        if wrong is None:
+            return None
+        os.fchmod(fd, 0o440)
+        sync(fd)
+        if sums.digest() != revision.digest:
+            raise OSError(errno.EIO, "what was read back is not what was written")
+        take_name()
+        return join_ranges((at, min(BLOCK, image.size - at)) for at in wrong)
 
 
 def repair_sums(repository: Repository, revision: Revision) -> None:
