@@ -102,6 +102,12 @@ class Daemon:
         )
         threading.Thread(target=self.listen, args=(self.process.stderr,), daemon=True).start()
 
+    def start_child(self, child: str, *names: str) -> None:
+        """Start with such children, and wait until those of these jobs, or of vm1, have begun."""
+        self.start(fake=child)
+        for name in names or ("vm1",):
+            self.until((self.base / name / "begun").exists)
+
     def listen(self, stream) -> None:
         for line in stream:
             with self.news:
@@ -390,9 +396,7 @@ def test_a_status_file_that_cannot_be_written_is_one_line_and_tried_again(daemon
 def test_a_job_directory_deleted_while_it_runs_is_made_again(daemon):
     daemon.add("vm1", "vm2")
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    for name in ("vm1", "vm2"):
-        daemon.until((daemon.base / name / "begun").exists)
+    daemon.start_child(SLOW_CHILD, "vm1", "vm2")
     (daemon.base / "vm2/go-on").touch()
     daemon.wait_for("vm2: finished backup")
     (daemon.base / "vm1").rename(daemon.top / "moved")
@@ -419,8 +423,7 @@ def test_a_job_that_waits_for_a_slot_is_shown_so_at_once(daemon):
 def test_a_child_that_is_killed_has_failed(daemon):
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(SLOW_CHILD)
     (child,) = daemon.children()
     assert daemon.row("vm1", status="running")["running_since"] != "-"
     os.kill(child, signal.SIGKILL)
@@ -559,9 +562,7 @@ def start_slow_children(daemon):
     """Three jobs that are due, and two of them in their slots."""
     daemon.add("vm1", "vm2", "vm3")
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    for name in ("vm1", "vm2"):
-        daemon.until((daemon.base / name / "begun").exists)
+    daemon.start_child(SLOW_CHILD, "vm1", "vm2")
 
 
 def test_term_ends_the_children_and_they_have_not_failed(daemon):
@@ -576,8 +577,7 @@ def test_term_ends_the_children_and_they_have_not_failed(daemon):
 def test_asked_twice_it_does_not_wait_for_what_does_not_end(daemon):
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=STUBBORN)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(STUBBORN)
     daemon.send(signal.SIGINT)
     daemon.wait_for("Terminating all tasks")
     assert daemon.stop(signal.SIGINT) == 0
@@ -654,8 +654,7 @@ def test_a_reload_asked_for_during_another_one_reads_what_is_there_then(daemon):
 def test_a_reload_takes_everything_over_while_backups_go_on(daemon):
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(SLOW_CHILD)
     child = daemon.children()
     image = daemon.jobs.pop("vm1")
     daemon.add("vm2", "vm3")
@@ -728,8 +727,7 @@ def test_what_a_killed_scheduler_has_left_counts_though_it_is_configured_no_more
     daemon.add("vm1", "vm2")
     daemon.configure(worker_limit=1)
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(SLOW_CHILD)
     daemon.stop(signal.SIGKILL)
     image = daemon.jobs.pop("vm1")
     daemon.start(fake=SLOW_CHILD)
@@ -747,8 +745,7 @@ def test_what_a_killed_scheduler_has_left_counts_though_it_is_configured_no_more
 def test_it_is_ended_by_the_rules_too(daemon):
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=STUBBORN)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(STUBBORN)
     (child,) = daemon.children()
     daemon.stop(signal.SIGKILL)
     daemon.jobs.clear()
@@ -771,8 +768,7 @@ def test_what_a_killed_scheduler_has_left_is_found_however_the_directory_is_spel
     (daemon.top / "link").symlink_to("base")
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=SLOW_CHILD)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(SLOW_CHILD)
     (child,) = daemon.children()
     daemon.stop(signal.SIGKILL)
     daemon.base = Path(spelling.format(top=daemon.top))
@@ -809,8 +805,7 @@ def test_an_expiry_that_a_killed_scheduler_has_left_is_no_failure(daemon):
     child = SLOW_CHILD.replace('== "backup"', '== "expire"')
     daemon.add("vm1")
     daemon.make_overdue()
-    daemon.start(fake=child)
-    daemon.until((daemon.base / "vm1/begun").exists)
+    daemon.start_child(child)
     daemon.stop(signal.SIGKILL)
     daemon.start(fake=child)
     daemon.wait_for("vm1: pid .* goes on")
