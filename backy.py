@@ -6801,7 +6801,7 @@ class Dedup:
         self.dry_run = dry_run
         self.opened: dict[int, tuple[CheckedImage, ExitStack]] = {}
         self.blocks = self.shared = self.damaged = 0
-        self.found = self.looked_at = 0  # bytes of equal blocks, and how far we are with them
+        self.found = 0  # bytes of equal blocks
         self.moved: set[int] = set()  # the images that may lie on other extents now
         self.refused: set[int] = set()  # the images that could not be opened
 
@@ -6819,8 +6819,7 @@ class Dedup:
                 for records in matches.sorted():
                     for run in self.runs(records):
                         self.share_run(*run)
-                        self.looked_at += run[-1]
-                        progress.reach(self.looked_at)
+                        progress.reach(progress.position + run[-1])
                         progress.tick()
 
     def forget_state(self, number: int) -> None:
