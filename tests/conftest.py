@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -384,19 +385,29 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """A function that lets `event` happen once, at the n-th positional read of an image."""
+    """A function that lets `event` happen once, at the n-th positional read of an image.
+
+    With n above 1 the beginning of the image has been read by then, also by several
+    threads, of which any may be slow.
+    """
 
     def at_read(number: int, event) -> list:
         happened: list = []
-        calls = iter(range(1, 1 << 30))
+        ended: set[int] = set()
+        calls, lock = iter(range(1, 1 << 30)), threading.Lock()
         real = os.preadv
 
         def preadv(fd, buffers, offset, flags=0):
-            looks_at_cache = flags or len(buffers[0]) == 1
-            if not looks_at_cache and next(calls) == number:
-                happened.append(True)
+            if flags or len(buffers[0]) == 1:  # it looks whether that is cached
+                return real(fd, buffers, offset, flags)
+            with lock:
+                is_time = next(calls) >= number and (number == 1 or 0 in ended) and not happened
+                happened.extend([True] * is_time)
+            if is_time:
                 event()
-            return real(fd, buffers, offset, flags)
+            got = real(fd, buffers, offset, flags)
+            ended.add(offset)
+            return got
 
         monkeypatch.setattr(backy.os, "preadv", preadv)
         return happened
